@@ -1,0 +1,51 @@
+"""Every public default, once; read by the signatures of commands/ and of cli/ alike. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+OnBad = Literal["fail", "skip"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Compute = Literal["auto", "fp32"]
+ClassWeight = Literal["none", "balanced"]
+Optimizer = Literal["adamw", "lbfgs"]
+Schedule = Literal["cosine", "constant"]
+BatchNorm = Literal["frozen", "train"]
+
+BACKBONE = "resnet18"
+WEIGHTS = "DEFAULT"
+DEVICE: Device = "auto"
+COMPUTE: Compute = "auto"  # fp32 with TF32 off on every device: a cache made on one machine is read on all
+CACHE_DIR = "./cache"
+CACHE_DIR_VARIABLE = "TRANSFERCACHE_DIR"
+MODELS_DIR = "./models"
+
+# 32 images of 224 px keep two cores busy, waste little on a short last batch, and are soon decoded.
+EXTRACT_BATCH_SIZE = 32
+VAL_FRACTION = 0.2
+SPLIT_SEED = 0
+ON_BAD: OnBad = "fail"
+SEED = 0
+
+SOLVER = "logistic"
+C = "auto"
+N_FOLDS = 5
+CLASS_WEIGHT: ClassWeight = "none"
+OPTIMIZER: Optimizer = "adamw"
+KNN_NEIGHBOURS = 5
+
+# The seed's rates, which are for batches of 4; scaled linearly with the batch (Goyal et al. 2017, section 2.1).
+SEED_BATCH_SIZE = 4
+SEED_LR_BACKBONE = 1e-4
+SEED_LR_HEAD = 1e-3
+FINETUNE_BATCH_SIZE = 32
+EPOCHS = 5
+MOMENTUM = 0.9
+SCHEDULE: Schedule = "cosine"
+BATCH_NORM: BatchNorm = "frozen"
+UNFREEZE = "all"
+SELECT = "none"
+
+STRATEGIES = "knn,logistic,linear,finetune"
+SEEDS = 1
+TOP = 5

@@ -1,0 +1,51 @@
+"""What a measurement was taken on: the processor, its vector units, and the versions that matter. Torch-free."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "h5py", "pillow", "transfercache")
+# Each set of units changes what an engine does by itself, so a figure names the widest one it ran on.
+_VECTOR_UNITS = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the machine (processor, vector units, cores, system) and the installed versions, as plain JSON."""
+    return {"machine": _machine(), "versions": installed_versions()}
+
+
+def installed_versions() -> dict[str, str]:
+    """Return {package: version} of the packages that can change an embedding or a head; absent ones left out."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    processor, flags = _processor()
+    return {
+        "processor": processor,
+        "vector_units": next((name for flag, name in _VECTOR_UNITS if flag in flags), "none known"),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> tuple[str, set[str]]:
+    description = Path("/proc/cpuinfo")  # Linux; elsewhere the platform module has what there is
+    if not description.exists():
+        return platform.processor() or platform.machine(), set()
+    fields: dict[str, str] = {}
+    for line in description.read_text(errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        fields.setdefault(name.strip().lower(), value.strip())
+    flags = set(fields.get("flags", fields.get("features", "")).split())
+    return fields.get("model name", platform.machine()), flags

@@ -1,0 +1,102 @@
+"""Files that are whole or not there: atomic replace, sync, SHA-256, and the operating system's lock."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+
+from transfercache.errors import LockedError, ResourceError
+
+_READ_BYTES = 1 << 20
+
+# No permission; or the path has a file where a folder should be, a folder where the file should be, or no such folder.
+_REFUSALS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable (POSIX: a rename is not, until its directory is synced)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Raises ResourceError where the disk is full or the folder cannot be written; the old file is kept.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with resource_errors(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def resource_errors(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals about `path` into a ResourceError with a next step."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"{path}: the disk is full; free some space and run the same command again") from error
+        if error.errno in _REFUSALS:
+            raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+        raise
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the SHA-256 of `data` as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, *, what: str) -> Iterator[None]:
+    """Hold the operating system's lock on `path` for the block; a dead holder keeps none.
+
+    Raises LockedError at once where another process holds it.
+    """
+    lock = filelock.FileLock(path, timeout=0)
+    with resource_errors(path):
+        try:
+            lock.acquire()
+        except filelock.Timeout as error:
+            raise LockedError(
+                f"{what}: another process is writing to it; wait for it to end, then run this again"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,104 @@
+"""What an embedding depends on besides the image's bytes: `Preprocessing`, `ExtractSpec` and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+#: View 0 is the eval transform, view 1 its mirror image, the rest are drawn from the training augmentation.
+VIEW_POLICY = "eval,mirror,augment/1"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a decoded image to the network's input; two equal values give equal pixels.
+
+    `resize` is the length in pixels that the shorter side is brought to, `crop` the side of the centred square cut
+    from it. `mean` and `std` are per RGB channel on values in [0, 1].
+    """
+
+    resize: int
+    crop: int
+    interpolation: str  # bilinear | bicubic
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    antialias: bool = True
+    colour: str = "rgb,grey16-scaled"
+    exif: str = "applied"
+    decoder: str = "pillow"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 4096 or not 0 < self.resize <= 4096:
+            raise ValueError(f"resize {self.resize} and crop {self.crop} must lie between 1 and 4096 pixels")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise ValueError(f"interpolation {self.interpolation!r} is neither bilinear nor bicubic")
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise ValueError("mean and std must be three finite numbers each")
+        if min(self.std) <= 0:
+            raise ValueError("std must be positive")
+
+
+@dataclass(frozen=True)
+class ExtractSpec:
+    """The identity of a cache's rows, beside each image's content digest and view.
+
+    Not in it, because they are provenance held to a parity test: device, engine, batch size, versions.
+    """
+
+    backbone: str
+    weights_digest: str  # 64 hex digits, see backbones/weights.py
+    boundary: str  # pooled: the input of the last nn.Linear that runs
+    preprocessing: Preprocessing
+    compute: str = "fp32"
+    storage_dtype: str = "float32"
+    view_policy: str = VIEW_POLICY
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if len(self.weights_digest) != 64 or set(self.weights_digest) - set("0123456789abcdef"):
+            raise ValueError("weights_digest must be 64 lower-case hex digits")
+
+    def digest(self) -> str:
+        """Return 64 hex digits: SHA-256 of the canonical JSON (sorted keys, no spaces)."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain dicts and lists, as they stand in the catalogue and in a MODEL."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> ExtractSpec:
+        """Build a spec from untrusted JSON; raises ValueError naming the first field that is wrong."""
+        values = _checked_fields(cls, value)
+        preprocessing = _checked_fields(Preprocessing, values["preprocessing"])
+        for name in ("mean", "std"):
+            preprocessing[name] = tuple(_numbers(preprocessing[name], name))
+        return cls(**{**values, "preprocessing": Preprocessing(**preprocessing)})
+
+
+_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool}
+
+
+def _checked_fields(cls: type, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{cls.__name__} must be a JSON object")
+    expected = {field.name: str(field.type) for field in fields(cls)}
+    if set(value) != set(expected):
+        raise ValueError(f"{cls.__name__} has the fields {sorted(value)}, expected {sorted(expected)}")
+    for name, type_name in expected.items():
+        kind = _JSON_TYPES.get(type_name)
+        if kind is not None and type(value[name]) is not kind:
+            raise ValueError(f"{cls.__name__}.{name} must be of type {type_name}")
+    return dict(value)
+
+
+def _numbers(value: Any, name: str) -> list[float]:
+    if not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
+        raise ValueError(f"{name} must be a list of numbers")
+    return [float(item) for item in value]

@@ -1,0 +1,61 @@
+"""Fixtures for every room, and the closing line that says what the `real` tests did."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL_ABSENT = "the real photographs and weights are not beside this checkout (../shared/data)"
+
+_KEPT_OUT = ("TORCH_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "TRANSFERCACHE_DIR", "NO_COLOR")
+_KEPT_OUT_PREFIXES = ("HF_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test reads the developer's own caches, proxies or colours, or writes into them."""
+    for name in list(os.environ):
+        if name in _KEPT_OUT or name.startswith(_KEPT_OUT_PREFIXES):
+            monkeypatch.delenv(name)
+    home = tmp_path_factory.getbasetemp() / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+
+
+@pytest.fixture(scope="session")
+def real_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ants-and-bees folder with train/ and val/ (244 and 153 photographs)."""
+    folder = tmp_path_factory.mktemp("real-photos")
+    with zipfile.ZipFile(REAL_DATA / "hymenoptera_data.zip") as archive:
+        archive.extractall(folder)
+    return folder / "hymenoptera_data"
+
+
+@pytest.fixture(scope="session")
+def real_weights() -> Path:
+    """ImageNet weights of a ResNet-18, a stand-in for torchvision's own."""
+    return REAL_DATA / "weights" / "resnet18-imagenet-pqf.pth"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the `real` tests, saying why, where their data is absent."""
+    if REAL_DATA.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason=REAL_ABSENT))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many `real` tests ran, or why they did not."""
+    ran = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    n_ran = sum("real" in report.keywords and report.when == "call" for report in ran)
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "real" in report.keywords]
+    if skipped:
+        terminalreporter.write_line(f"real tests: {n_ran} ran, {len(skipped)} skipped: {REAL_ABSENT}")
+    else:
+        terminalreporter.write_line(f"real tests: {n_ran} ran")
