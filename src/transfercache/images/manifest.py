@@ -1,0 +1,196 @@
+"""Which files there are, what each is labelled and which split it is in; and their content digests."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from transfercache.classes import check_classes
+from transfercache.errors import UsageError
+from transfercache.files import sha256_file
+from transfercache.splits import Split, complete_split, join_groups
+
+Int64Array = npt.NDArray[np.int64]
+UInt8Array = npt.NDArray[np.uint8]
+
+#: A file may change again within its time stamp's granularity (2 s on FAT), so a younger one proves nothing.
+_YOUNG_NS = 2_000_000_000
+#: In `mtime_ns` of a file that was young when it was hashed: no later scan finds it unchanged.
+_UNTRUSTED_MTIME = -1
+_ROWS_PER_TASK = 64
+
+
+class KnownFile(NamedTuple):
+    """What an earlier scan recorded of one file; `digest` is the SHA-256 of its bytes (32 bytes)."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    digest: bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The rows of one DATA, one per file, in the source's order."""
+
+    name: str  # [a-z0-9._-]: stands in the names of caches and models
+    root: Path  # absolute
+    paths: tuple[str, ...]  # [N] POSIX, relative to root (or absolute); surrogateescape where not UTF-8
+    labels: Int64Array  # int64 [N], -1: unlabelled
+    split: UInt8Array  # uint8 [N], of splits.Split
+    class_names: tuple[str, ...]  # sorted; a label is an index into it
+    size: Int64Array  # int64 [N], bytes
+    mtime_ns: Int64Array  # int64 [N]
+    ctime_ns: Int64Array  # int64 [N]
+    inode: Int64Array  # int64 [N]
+    group: Int64Array  # int64 [N], -1: the data names none
+    digests: UInt8Array  # uint8 [N, 32], SHA-256 of the file's bytes; zeros: unknown
+    unreadable: Mapping[int, str]  # row -> reason
+    has_given_split: bool
+    skipped: Mapping[str, int]  # first path of each kind of file that was not taken -> how many of that kind
+
+    def __post_init__(self) -> None:
+        n_rows = len(self.paths)
+        for name in ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group"):
+            if getattr(self, name).shape != (n_rows,):
+                raise ValueError(f"{name} must have one entry for each of the {n_rows} paths")
+        if self.digests.shape != (n_rows, 32):
+            raise ValueError(f"digests must be uint8 [{n_rows}, 32]")
+        if n_rows and not (self.labels.min() >= -1 and self.labels.max() < len(self.class_names)):
+            raise ValueError("labels must index class_names, or be -1")
+        if n_rows and self.split.max() > max(Split):
+            raise ValueError("split must hold codes of splits.Split")
+        if any(not 0 <= row < n_rows for row in self.unreadable):
+            raise ValueError("unreadable must name rows")
+
+    @property
+    def n_rows(self) -> int:
+        """The number of files."""
+        return len(self.paths)
+
+    def path_of(self, row: int) -> Path:
+        """Return where the file of `row` lies."""
+        return self.root / self.paths[row]
+
+    def subset(self, rows: npt.NDArray[np.bool_] | Int64Array) -> Manifest:
+        """Return the manifest of these rows (a mask, or indices in the wanted order), with the same classes."""
+        index = np.arange(self.n_rows)[rows]
+        reasons = ((new, self.unreadable.get(old)) for new, old in enumerate(index.tolist()))
+        arrays = ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group", "digests")
+        return replace(
+            self,
+            paths=tuple(self.paths[row] for row in index.tolist()),
+            unreadable={row: reason for row, reason in reasons if reason is not None},
+            **{name: getattr(self, name)[index] for name in arrays},
+        )
+
+    def component(self) -> Int64Array:
+        """Return int64 [N]: rows of one group or of equal bytes share a number, that of their first row."""
+        return join_groups(self.group, self.digests)
+
+    def has_content(self, row: int, data: bytes) -> bool:
+        """Whether `data` are the bytes that the digest of `row` stands for."""
+        return bool(hashlib.sha256(data).digest() == self.digests[row].tobytes())
+
+    def is_readable(self) -> npt.NDArray[np.bool_]:
+        """Return bool [N]: the rows that `unreadable` does not name."""
+        readable = np.ones(self.n_rows, dtype=np.bool_)
+        readable[list(self.unreadable)] = False
+        return readable
+
+
+def hash_files(
+    manifest: Manifest, *, known: Mapping[str, tuple[int, int, int, int, bytes]], scanned_ns: int
+) -> Manifest:
+    """Return `manifest` with every file's digest, reading those that `known` (a KnownFile by path) cannot vouch for.
+
+    A file is taken as known where size, mtime, ctime and inode are as recorded, and it is more than two seconds
+    older than `scanned_ns`, the time in ns just before the scan. A younger file may yet change without a new time
+    stamp: its `mtime_ns` becomes -1 here, so that the record of this scan vouches for nothing. A file that cannot be
+    read joins `unreadable`.
+    """
+    digests = np.zeros((manifest.n_rows, 32), dtype=np.uint8)
+    young = manifest.mtime_ns > scanned_ns - _YOUNG_NS
+    stats = np.stack([manifest.size, manifest.mtime_ns, manifest.ctime_ns, manifest.inode], axis=1).tolist()
+    to_read: list[int] = []
+    for row, path in enumerate(manifest.paths):
+        record = known.get(path)
+        if row in manifest.unreadable:
+            continue
+        if record is not None and not young[row] and list(record[:4]) == stats[row]:
+            digests[row] = np.frombuffer(record[4], dtype=np.uint8)
+        else:
+            to_read.append(row)
+    unreadable = dict(manifest.unreadable)
+    for row, digest, reason in _digests(manifest, to_read):
+        if reason:
+            unreadable[row] = reason
+        else:
+            digests[row] = np.frombuffer(digest, dtype=np.uint8)
+    mtime_ns = np.where(young, _UNTRUSTED_MTIME, manifest.mtime_ns)
+    return replace(manifest, digests=digests, mtime_ns=mtime_ns, unreadable=unreadable)
+
+
+def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, str]]:
+    """Yield row, digest and, where the file cannot be read, the reason."""
+    root = os.fspath(manifest.root)
+
+    def digest_block(block: list[int]) -> list[tuple[int, bytes, str]]:
+        return [(row, *_digest_file(os.path.join(root, manifest.paths[row]))) for row in block]
+
+    # Blocks of rows, because a million futures would take more memory than the manifest.
+    blocks = [rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK)]
+    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    try:
+        with tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None) as progress:
+            for done in pool.map(digest_block, blocks):
+                yield from done
+                progress.update(len(done))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the blocks in hand
+
+
+def _digest_file(path: str) -> tuple[bytes, str]:
+    try:
+        return bytes.fromhex(sha256_file(Path(path))), ""
+    except OSError as error:
+        return b"", f"cannot be read ({error.strerror or error})"
+
+
+def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> Manifest:
+    """Return `manifest` with its labelled rows split into train and val by content; a given split stays.
+
+    Rows that an earlier call split stay where they are. Needs the digests (`hash_files`). Unreadable rows have none,
+    so they are in no split. See `splits.complete_split`.
+    """
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction} must be at least 0 and below 1, for example 0.2")
+    if manifest.has_given_split:
+        return manifest
+    labels = np.where(manifest.is_readable(), manifest.labels, -1)
+    split = complete_split(
+        manifest.split, labels, manifest.component(), manifest.digests, val_fraction=val_fraction, seed=split_seed
+    )
+    return replace(manifest, split=split)
+
+
+def check_trainable(manifest: Manifest) -> list[str]:
+    """Return one warning for each class that is empty, one-sided or rare; see `classes.check_classes`."""
+    return check_classes(
+        labels=np.where(manifest.is_readable(), manifest.labels, -1),
+        split=manifest.split,
+        component=manifest.component(),
+        class_names=manifest.class_names,
+        where=str(manifest.root),
+    )

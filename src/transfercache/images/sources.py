@@ -1,0 +1,170 @@
+"""From DATA, in each of its forms, to a manifest without digests: folders, CSV files, named sets, lists of paths."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from transfercache.errors import DataError, did_you_mean
+from transfercache.images.manifest import Manifest
+from transfercache.images.named import NAMED, materialise
+from transfercache.images.scan import IMAGE_EXTENSIONS, Scan, folder_id, is_image_name, list_folder
+from transfercache.overlay import read_columns
+from transfercache.splits import SPLIT_NAMES, Split
+
+_LOG = logging.getLogger(__name__)
+
+#: A folder whose subfolders all have such names was meant as splits, not as classes.
+_LIKE_SPLITS = {*SPLIT_NAMES, "valid", "validation", "dev", "training", "testing"}
+
+
+def read_source(data: str | Path) -> Manifest:
+    """Return the manifest of DATA in file order, not yet hashed or split.
+
+    `data` is a folder with train/ and val/ or test/, a folder of class folders, a flat folder (unlabelled), a .csv
+    with the columns `path,label[,split][,group]`, or the name of a set (made or downloaded on first use); an existing
+    path goes before a name. Raises DataError naming what is missing; DownloadError for a named set.
+    """
+    text = os.fspath(data)
+    path = os.path.abspath(os.path.expanduser(text))
+    if os.path.isdir(path):
+        return _read_folder(path)
+    if os.path.isfile(path):
+        if path.lower().endswith(".csv"):
+            return _read_csv(Path(path))
+        raise DataError(f"{text}: neither a folder nor a .csv; give the folder that it lies in, or a list of files")
+    if text in NAMED:
+        return replace(_read_folder(os.fspath(materialise(text))), name=text)
+    raise DataError(
+        f"{text}: no such folder or .csv{did_you_mean(text, NAMED)}; give a folder of images, a .csv, "
+        f"or one of {', '.join(sorted(NAMED))}"
+    )
+
+
+def read_paths(paths: Sequence[str | Path]) -> Manifest:
+    """Return an unlabelled manifest of files and folders in the given order (folders sorted, with all below them).
+
+    Paths stay as given, so they are relative to the working folder, which is the root. A file named here is taken
+    whatever its extension. Raises DataError for a path that is not there and where there is no image at all.
+    """
+    names = [os.path.expanduser(os.fspath(path)) for path in paths]
+    scan = Scan(os.path.basename(os.path.abspath(names[0])) if len(names) == 1 else "images", os.getcwd())
+    for name in names:
+        if os.path.isdir(name):
+            scan.add_tree(name, name.rstrip("/") or "/")
+        elif os.path.lexists(name):
+            scan.add(name, partial(os.stat, name))
+        else:
+            raise DataError(f"{name}: no such file or folder; check the path")
+    return _not_empty(scan.to_manifest(), ", ".join(names))
+
+
+def _not_empty(manifest: Manifest, shown: str) -> Manifest:
+    if not manifest.n_rows:
+        first = next(iter(manifest.skipped), None)
+        passed = f"; {sum(manifest.skipped.values())} other files, such as {first}" if first else ""
+        raise DataError(
+            f"{shown}: no image in it (looked for {' '.join(IMAGE_EXTENSIONS)}{passed}); "
+            "give a folder with images, or with one folder of images per class"
+        )
+    return manifest
+
+
+def _read_folder(root: str) -> Manifest:
+    folders, files = list_folder(root)
+    by_name = {entry.name: entry.path for entry in folders}
+    if "train" in by_name and by_name.keys() & {"val", "test"}:
+        return _not_empty(_read_splits(root, by_name), root)
+    if by_name and by_name.keys() <= _LIKE_SPLITS:
+        raise DataError(
+            f"{root}: has {', '.join(f'{name}/' for name in by_name)}, but splits are named train/ with val/ or test/ "
+            "or both; rename them, or give the one folder that is to be split"
+        )
+    scan = Scan(os.path.basename(root), root)
+    for name, path in by_name.items():
+        scan.add_tree(path, name, label=name, above=frozenset({folder_id(root)}))
+    if scan.paths:
+        _skip_loose(scan, files, "")
+    else:
+        scan.add_images(files, "")  # flat; folders without any image beside the images are no classes
+        by_name = {} if scan.paths else by_name
+    return _not_empty(scan.to_manifest(class_names=tuple(by_name)), root)
+
+
+def _skip_loose(scan: Scan, files: Sequence[os.DirEntry[str]], shown: str) -> None:
+    """Count the files beside class folders: an image there is of no class."""
+    for entry in files:
+        kind = "beside the classes" if is_image_name(entry.name) else os.path.splitext(entry.name)[1].lower()
+        scan.skip(f"{shown}/{entry.name}" if shown else entry.name, "hidden" if entry.name.startswith(".") else kind)
+
+
+def _read_splits(root: str, by_name: dict[str, str]) -> Manifest:
+    scan = Scan(os.path.basename(root), root)
+    class_names: set[str] = set()
+    for split_name, split in SPLIT_NAMES.items():
+        if split_name not in by_name:
+            continue
+        classes, files = list_folder(by_name[split_name])
+        class_names.update(entry.name for entry in classes)
+        above = frozenset({folder_id(root), folder_id(by_name[split_name])})
+        for entry in classes:
+            scan.add_tree(entry.path, f"{split_name}/{entry.name}", label=entry.name, split=split, above=above)
+        if classes:
+            _skip_loose(scan, files, split_name)
+        else:
+            scan.add_images(files, split_name, split=split)  # as contests hand out their test images: unlabelled
+    ignored = sorted(by_name.keys() - SPLIT_NAMES.keys())
+    if ignored:
+        _LOG.warning("%s: has train/, so %s beside it is not read", root, ", ".join(f"{name}/" for name in ignored))
+    return scan.to_manifest(class_names=tuple(class_names), has_given_split=True)
+
+
+def _read_csv(csv_path: Path) -> Manifest:
+    lines, columns = read_columns(csv_path, required=("path",), optional=("label", "split", "group"))
+    root = os.fspath(csv_path.parent)
+    paths = columns["path"]
+    labels = columns.get("label", [""] * len(paths))
+    has_split = any(columns.get("split", ()))
+    splits = columns["split"] if has_split else [""] * len(paths)
+    _check_unique(csv_path, lines, paths, labels)
+    scan = Scan(csv_path.stem, root)
+    for line, path, label, split in zip(lines, paths, labels, splits, strict=True):
+        code = _split_code(csv_path, line, split, is_labelled=has_split and bool(label))
+        scan.add(path, partial(os.stat, os.path.join(root, path)), label=label, split=code)
+    missing = [row for row in scan.unreadable if not os.path.lexists(os.path.join(root, paths[row]))]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(
+            f"{csv_path}: line {lines[missing[0]]}: {paths[missing[0]]!r} does not exist{more}; "
+            f"paths are relative to {root}; correct it or remove the line"
+        )
+    if not paths:
+        raise DataError(f"{csv_path}: no row below the header; add one line per image")
+    return scan.to_manifest(group=columns.get("group"), has_given_split=has_split)
+
+
+def _check_unique(csv_path: Path, lines: list[int], paths: list[str], labels: list[str]) -> None:
+    first: dict[str, tuple[int, str]] = {}
+    for line, path, label in zip(lines, paths, labels, strict=True):
+        seen_line, seen_label = first.setdefault(path, (line, label))
+        if seen_label != label:
+            raise DataError(
+                f"{csv_path}: line {seen_line} labels {path!r} {seen_label!r} and line {line} {label!r}; "
+                "an image has one label"
+            )
+
+
+def _split_code(csv_path: Path, line: int, split: str, *, is_labelled: bool) -> Split:
+    if not split and not is_labelled:
+        return Split.NONE
+    try:
+        return SPLIT_NAMES[split.lower()]
+    except KeyError:
+        raise DataError(
+            f"{csv_path}: line {line}: split {split!r} is none of {', '.join(SPLIT_NAMES)}"
+            f"{did_you_mean(split.lower(), SPLIT_NAMES)}; correct it, or leave the whole column out"
+        ) from None

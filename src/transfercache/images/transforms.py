@@ -1,0 +1,92 @@
+"""From a decoded image to the square of pixels that a network sees; normalisation is the engine's."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from transfercache.spec import Preprocessing
+
+UInt8Array = npt.NDArray[np.uint8]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+# A strip of 1 x 5000 pixels would be enlarged to a gigabyte; its middle is all that the crop can see.
+_MAX_ASPECT = 200
+
+# RandomResizedCrop as in the tutorial: torchvision's defaults, after Szegedy et al. 2015.
+_AREA = (0.08, 1.0)
+_ASPECT = (3 / 4, 4 / 3)
+_TRIES = 10
+_FLIP_PROBABILITY = 0.5
+
+
+def eval_pixels(image: Image.Image, preprocessing: Preprocessing) -> UInt8Array:
+    """Return uint8 [crop, crop, 3]: shorter side to `resize`, then the centred square.
+
+    Bit for bit torchvision's Resize and CenterCrop on the same Pillow image, up to an aspect of 200.
+    """
+    image = _middle(image)
+    width, height = image.size
+    shorter, longer = sorted((width, height))
+    # torchvision cuts the longer side off rather than rounding it.
+    long_side = int(preprocessing.resize * longer / shorter)
+    size = (preprocessing.resize, long_side) if width <= height else (long_side, preprocessing.resize)
+    resized = image.resize(size, _RESAMPLING[preprocessing.interpolation])
+    left, top = (_centre(length, preprocessing.crop) for length in size)
+    # Where the crop is larger than the image, Pillow fills with black, as torchvision does.
+    return np.array(resized.crop((left, top, left + preprocessing.crop, top + preprocessing.crop)))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    longest = min(image.size) * _MAX_ASPECT
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(length, longest) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _centre(length: int, crop: int) -> int:
+    return -((crop - length) // 2) if crop > length else round((length - crop) / 2)
+
+
+def train_pixels(image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator) -> UInt8Array:
+    """Return uint8 [crop, crop, 3]: a random part of the image brought to size, and mirrored half of the time.
+
+    Draws from `rng` alone, so that the same generator gives the same view in any thread. Given the box, bit for bit
+    torchvision's resized_crop on the same Pillow image.
+    """
+    top, left, height, width = draw_crop(image.width, image.height, rng)
+    part = image.crop((left, top, left + width, top + height))
+    side = preprocessing.crop
+    pixels = np.array(part.resize((side, side), _RESAMPLING[preprocessing.interpolation]))
+    return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < _FLIP_PROBABILITY else pixels
+
+
+def draw_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """Return top, left, height and width in pixels of a box of random area and aspect within the image.
+
+    As torchvision's RandomResizedCrop: ten tries, then the largest centred box of an allowed aspect.
+    """
+    for _ in range(_TRIES):
+        area = width * height * rng.uniform(*_AREA)
+        aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    aspect = min(max(width / height, _ASPECT[0]), _ASPECT[1])
+    w, h = width, height
+    if width / height < aspect:
+        h = round(width / aspect)
+    elif width / height > aspect:
+        w = round(height * aspect)
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def grey_pixels(image: Image.Image, side: int) -> UInt8Array:
+    """Return uint8 [side, side]: the whole image as grey values, its aspect given up."""
+    return np.array(image.convert("L").resize((side, side), Image.Resampling.BILINEAR))
