@@ -1,0 +1,98 @@
+"""A backbone before its weights: how it is built, what it expects, and where its head is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from transfercache.backbones.stages import Stage
+from transfercache.errors import UsageError
+from transfercache.spec import Preprocessing
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """A state_dict by the network's own names, and where it came from (`kind`, `where`, `licence`)."""
+
+    state: Mapping[str, torch.Tensor]
+    source: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What an adapter knows of one backbone; nothing is built or fetched until it is asked for."""
+
+    name: str
+    preprocessing: Preprocessing
+    build: Callable[[], nn.Module]  # with its own random weights, drawn from torch's global generator
+    stages: Callable[[nn.Module], tuple[Stage, ...]]
+    default_weights: Callable[[], LoadedWeights]
+    #: From a tensor's name in a published file to the network's own; None for a layer that is not built.
+    own_name: Callable[[str], str | None] = str
+
+
+@dataclass(frozen=True)
+class Head:
+    """Where a network's head is: an nn.Linear, or an nn.Identity where the network ends in its embedding."""
+
+    path: str  # dotted
+    dim: int  # D, the width of the embedding
+
+
+def find_head(network: nn.Module, *, name: str, crop: int) -> Head:
+    """Find the last nn.Linear that runs, whose output is the output of `network` (in eval mode).
+
+    One pass is traced on the meta device: no arithmetic, no memory. A network with no such layer but with an
+    nn.Identity in its place (timm's num_classes=0) has its head there. Raises UsageError for any other network.
+    """
+    ran: dict[type[nn.Module], tuple[str, torch.Tensor]] = {}
+    last_layer: list[str] = []
+    with _traced(network, ran, last_layer):
+        output = _meta_output(network, crop)
+    for kind in (nn.Linear, nn.Identity):
+        path, produced = ran.get(kind, ("", None))
+        if produced is output and output.ndim == 2:
+            module = network.get_submodule(path)
+            return Head(path, module.in_features if isinstance(module, nn.Linear) else output.shape[1])
+    ending = "a convolution" if last_layer[-1] == "Conv2d" else f"a layer of type {last_layer[-1]}"
+    raise UsageError(
+        f"{name} ends in {ending}, not in one nn.Linear, so it has no embedding for a linear head; "
+        "choose another backbone, for instance resnet18"
+    )
+
+
+@contextmanager
+def _traced(
+    network: nn.Module, ran: dict[type[nn.Module], tuple[str, torch.Tensor]], last_layer: list[str]
+) -> Iterator[None]:
+    """Note the last nn.Linear and the last nn.Identity that run, and the types of the layers with weights."""
+
+    def note(path: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+            kind = nn.Linear if isinstance(module, nn.Linear) else type(module)
+            ran[kind] = (path, output)
+            last_layer.extend([kind.__name__] if next(module.parameters(), None) is not None else [])
+
+        return hook
+
+    # The leaves: nn.MultiheadAttention holds an nn.Linear that never runs as a module, which hooks then do not see.
+    leaves = [(path, module) for path, module in network.named_modules() if next(module.children(), None) is None]
+    handles = [module.register_forward_hook(note(path)) for path, module in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _meta_output(network: nn.Module, crop: int) -> torch.Tensor:
+    tensors = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    image = torch.zeros(1, 3, crop, crop, device="meta")
+    with torch.inference_mode():
+        output: torch.Tensor = functional_call(network, tensors, (image,))
+    return output

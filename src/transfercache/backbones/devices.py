@@ -1,0 +1,56 @@
+"""Which device computes: chosen, named, waited for."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from transfercache.errors import ResourceError, UsageError, did_you_mean
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` takes an NVIDIA (or ROCm) GPU, else Apple's, else the CPU.
+
+    Raises UsageError for a name not in `DEVICES`, ResourceError for a device that torch does not see here.
+    """
+    if name not in DEVICES:
+        raise UsageError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known are {', '.join(DEVICES)}")
+    is_present: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, check in is_present.items() if check()))
+    if not is_present[name]():
+        raise ResourceError(f"torch {torch.__version__} sees no {name} device on this machine; pass --device auto")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given, so that a clock read next is right; a CPU never lags."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def device_name(device: torch.device) -> str:
+    """Return what to report beside a figure: the GPU's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple GPU of {platform.machine()}"
+    return _processor_name()
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or just "x86_64" there
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
