@@ -1,0 +1,290 @@
+"""The cache folder for writing: which folder is whose, shards begun and finished, rows published; all under a lock."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from transfercache.cache.catalogue import FILE_NAME, Catalogue, RowsEntry, ShardEntry, read_catalogue
+from transfercache.cache.layout import create_shard
+from transfercache.cache.plain_file import opened_plain
+from transfercache.cache.reader import read_rows
+from transfercache.cache.rows import OK, Rows
+from transfercache.cache.shard import BoolArray, ShardReader, ShardWriter
+from transfercache.errors import CacheError, ResourceError
+from transfercache.files import locked, resource_errors, sha256_bytes, sha256_file, write_atomic
+from transfercache.spec import ExtractSpec
+
+# https://bford.info/cachedir: backup tools pass over a folder with this file.
+_CACHEDIR_TAG = (
+    b"Signature: 8a477f597d28d172789f06886806bc55\n"
+    b"# This folder is a cache made by tlc (transfercache); every file in it can be made anew.\n"
+    b"# See https://bford.info/cachedir/\n"
+)
+_LOCK = ".lock"
+_LABELS = {"CACHEDIR.TAG": _CACHEDIR_TAG, ".gitignore": b"*\n"}
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
+_OURS = re.compile(r"shard-\d{5}\.h5|rows-[0-9a-f]{8}\.safetensors|\..+\.\d+\.tmp")
+_READ_ONLY = 0o444
+_MAX_SHARDS = 100_000
+# A folder's name holds two such parts and stays below the 255 bytes of a file name.
+_MAX_NAME_PART = 80
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Every planned row of every shard, S in all: what it is, where it lies, and whether it has been computed."""
+
+    digest: npt.NDArray[np.uint8]  # uint8 [S, 32]
+    view: npt.NDArray[np.uint8]  # uint8 [S]
+    shard: npt.NDArray[np.int32]  # int32 [S], number of the shard
+    slot: npt.NDArray[np.int64]  # int64 [S], row of that shard
+    valid: BoolArray  # bool [S]
+
+
+def find(cache_dir: Path, *, data_name: str, data_root: Path, spec: ExtractSpec) -> Path | None:
+    """Return the cache folder of this data root and spec under `cache_dir`, or None.
+
+    Raises CacheError where a folder of the wanted name cannot be trusted.
+    """
+    stem = _folder_stem(data_name, spec)
+    pattern = re.compile(re.escape(stem) + r"(?:-([2-9]|[1-9]\d{1,5}))?")
+    names = [entry.name for entry in cache_dir.iterdir()] if cache_dir.is_dir() else []
+    matches = sorted((int(match[1] or 1), name) for name in names if (match := pattern.fullmatch(name)))
+    for folder in (cache_dir / name for _, name in matches):
+        if not _is_begun(folder) and _serves(folder, data_root, spec):
+            return folder
+    return None
+
+
+def find_or_create(
+    cache_dir: Path,
+    *,
+    data_name: str,
+    data_root: Path,
+    spec: ExtractSpec,
+    canaries: npt.NDArray[np.float32],
+) -> Store:
+    """Return the store of this data root and spec, in a new folder where there is none; canaries float32 [4, D].
+
+    Raises CacheError where a folder of the wanted name cannot be trusted, or holds rows of another width; and
+    ResourceError where the folder cannot be made.
+    """
+    catalogue = Catalogue(spec=spec, data_name=data_name, data_root=str(data_root), canaries=canaries)
+    folder = find(cache_dir, data_name=data_name, data_root=data_root, spec=spec)
+    store = Store(folder or _create(cache_dir, catalogue))
+    if store.catalogue.dim != catalogue.dim:
+        raise CacheError(
+            f"{store.folder}: its rows are {store.catalogue.dim} wide, this backbone's {catalogue.dim}; "
+            "remove the folder and run the same command again"
+        )
+    return store
+
+
+def _folder_stem(data_name: str, spec: ExtractSpec) -> str:
+    parts = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.")[:_MAX_NAME_PART] for part in (data_name, spec.backbone)]
+    return f"{parts[0] or 'data'}-{parts[1]}-{spec.boundary}-{spec.digest()[:8]}"
+
+
+def _serves(folder: Path, data_root: Path, spec: ExtractSpec) -> bool:
+    catalogue = read_catalogue(folder)
+    return catalogue.spec == spec and catalogue.data_root == str(data_root)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether making this folder was interrupted before its first catalogue: nothing of worth is in it."""
+    expected = {_LOCK, *_LABELS}
+    return folder.is_dir() and all(name in expected or _TEMPORARY.fullmatch(name) for name in os.listdir(folder))
+
+
+def _create(cache_dir: Path, catalogue: Catalogue) -> Path:
+    stem = _folder_stem(catalogue.data_name, catalogue.spec)
+    number = 0
+    while True:
+        number += 1
+        folder = cache_dir / (stem if number == 1 else f"{stem}-{number}")
+        with resource_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not _is_begun(folder):
+            continue
+        with locked(folder / _LOCK, what=str(folder)):
+            if (folder / FILE_NAME).exists():  # another process was faster
+                continue
+            for name, content in _LABELS.items():
+                write_atomic(folder / name, content)
+            write_atomic(folder / FILE_NAME, catalogue.to_bytes())
+            return folder
+
+
+class Store:
+    """One cache folder. Reading needs nothing; every change needs the lock: ``with store.writing(): ...``.
+
+    Any step may be the last one before a crash: the next `writing` finds a valid cache and removes what is left over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.catalogue = read_catalogue(folder)
+        self._is_writing = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder's lock for the block; raises LockedError at once where another process holds it."""
+        with locked(self.folder / _LOCK, what=str(self.folder)):
+            self.catalogue = read_catalogue(self.folder)
+            self._remove_leftovers()
+            self._is_writing = True
+            try:
+                yield
+            finally:
+                self._is_writing = False
+
+    def rows(self) -> Rows | None:
+        """Return the published rows, or None before the first extraction has ended."""
+        return None if self.catalogue.rows is None else read_rows(self.folder, self.catalogue)
+
+    def entry(self, number: int) -> ShardEntry:
+        """Return the catalogue's entry of one shard."""
+        return next(entry for entry in self.catalogue.shards if entry.number == number)
+
+    def slots(self) -> Slots:
+        """Return every planned row in the order of shards and slots; scans the checksums of unfinished shards.
+
+        Rows of a finished shard were proved when it was finished, and are again when they are first read.
+        """
+        readers = [(entry, ShardReader(self.folder / entry.file, entry)) for entry in self.catalogue.shards]
+        return Slots(
+            digest=np.concatenate([np.empty((0, 32), np.uint8), *(reader.digests for _, reader in readers)]),
+            view=np.concatenate([np.empty(0, np.uint8), *(reader.views for _, reader in readers)]),
+            shard=np.repeat(
+                np.array([entry.number for entry, _ in readers], np.int32),
+                np.array([entry.n_rows for entry, _ in readers], np.int64),
+            ),
+            slot=np.concatenate([np.empty(0, np.int64), *(np.arange(entry.n_rows) for entry, _ in readers)]),
+            valid=np.concatenate(
+                [np.empty(0, bool), *(r.written() if entry.finished else r.valid() for entry, r in readers)]
+            ),
+        )
+
+    def begin_shard(self, digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8], *, batch_size: int) -> int:
+        """Lay out a shard for these rows (digests [n, 32], views [n], n > 0), record it, and return its number.
+
+        The plan lies in the shard itself, so that a resumed run knows it before any rows file exists. Raises
+        ResourceError where the disk is full, before the first row and with nothing left behind.
+        """
+        self._check_writing()
+        number = self.catalogue.shards[-1].number + 1 if self.catalogue.shards else 0
+        if number >= _MAX_SHARDS:
+            raise CacheError(f"{self.folder}: {_MAX_SHARDS} shards are all it can hold; make it anew in one run")
+        path = self.folder / f"shard-{number:05d}.h5"
+        catalogue = self.catalogue
+        entry = create_shard(
+            path,
+            digests=digests,
+            views=views,
+            dim=catalogue.dim,
+            dtype=catalogue.spec.storage_dtype,
+            batch_size=batch_size,
+        )
+        try:
+            self._replace(shards=(*catalogue.shards, entry))
+        except ResourceError:
+            # The catalogue on the disk decides whether the new shard stays.
+            self.catalogue = read_catalogue(self.folder)
+            self._remove_leftovers()
+            raise
+        return number
+
+    @contextmanager
+    def writer(self, number: int) -> Iterator[ShardWriter]:
+        """Open an unfinished shard for writing rows: ``with store.writer(number) as writer: ...``."""
+        self._check_writing()
+        entry = self.entry(number)
+        if entry.finished:
+            raise ValueError(f"{entry.file} is finished and never changes again")
+        path = self.folder / entry.file
+        with opened_plain(path, os.O_RDWR) as descriptor:
+            yield ShardWriter(path, entry, descriptor)
+
+    def finish_shard(self, number: int) -> BoolArray:
+        """Prove every written row, sync, and record the shard as finished and read-only; bool [n], the rows it has.
+
+        A slot whose row fails its proof becomes one that was never written. A shard without a row is removed.
+        """
+        with self.writer(number) as writer:
+            valid = writer.clear_torn()
+        entry = self.entry(number)
+        path = self.folder / entry.file
+        others = tuple(other for other in self.catalogue.shards if other.number != number)
+        if not valid.any():
+            self._replace(shards=others)
+            path.unlink()
+            return valid
+        finished = replace(entry, finished=True, digest=sha256_file(path))
+        self._replace(shards=tuple(sorted((*others, finished), key=lambda shard: shard.number)))
+        # Last, because a read-only shard that is not finished could not be resumed.
+        _protect(path)
+        return valid
+
+    def publish(self, rows: Rows, *, class_names: tuple[str, ...], run: Mapping[str, Any]) -> None:
+        """Make `rows` the cache's rows in one step, and add `run` to its provenance.
+
+        Publishing what is already there changes nothing and records no run. Raises ValueError where a row is not what
+        the finished shards hold.
+        """
+        self._check_writing()
+        self._check_places(rows, class_names)
+        data = rows.to_bytes()
+        sha256 = sha256_bytes(data)
+        published = RowsEntry(file=f"rows-{sha256[:8]}.safetensors", sha256=sha256)
+        before = self.catalogue
+        if (before.rows, before.class_names) == (published, class_names):
+            return
+        write_atomic(self.folder / published.file, data)
+        self._replace(rows=published, class_names=class_names, provenance=(*before.provenance, dict(run)))
+        if before.rows is not None and before.rows.file != published.file:
+            (self.folder / before.rows.file).unlink(missing_ok=True)
+
+    def _check_places(self, rows: Rows, class_names: tuple[str, ...]) -> None:
+        finished = {entry.number: entry for entry in self.catalogue.shards if entry.finished}
+        rows.check_against(class_names, {number: entry.n_rows for number, entry in finished.items()})
+        for number in np.unique(rows.shard[rows.status == OK]).tolist():
+            at = np.flatnonzero(rows.shard == number)
+            shard = ShardReader(self.folder / finished[number].file, finished[number])
+            slots = rows.slot[at]
+            if not shard.written()[slots].all() or shard.differs(slots, rows.digest[at], rows.view[at]).any():
+                raise ValueError(f"a row is not the one that {shard.path.name} holds in its slot")
+
+    def _check_writing(self) -> None:
+        if not self._is_writing:
+            raise RuntimeError("the cache changes only inside `with store.writing():`")
+
+    def _replace(self, **changes: Any) -> None:
+        catalogue = replace(self.catalogue, **changes)
+        write_atomic(self.folder / FILE_NAME, catalogue.to_bytes())
+        self.catalogue = catalogue
+
+    def _remove_leftovers(self) -> None:
+        """Remove our files that the catalogue does not name, and finish what a crash after `finished` left undone."""
+        shards = {entry.file: entry for entry in self.catalogue.shards}
+        in_force = {*shards, self.catalogue.rows.file if self.catalogue.rows else ""}
+        with resource_errors(self.folder):
+            for path in self.folder.iterdir():
+                if _OURS.fullmatch(path.name) and path.name not in in_force and not path.is_dir():
+                    path.unlink()
+            for entry in shards.values():
+                if entry.finished:
+                    _protect(self.folder / entry.file)
+
+
+def _protect(path: Path) -> None:
+    with opened_plain(path) as descriptor:
+        os.fchmod(descriptor, _READ_ONLY)
