@@ -1,0 +1,114 @@
+"""From labelled embeddings to a `LinearHead`, by any solver; the one place that knows them all."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+
+from transfercache import config
+from transfercache.cache.table import FeatureTable
+from transfercache.errors import DataError, UsageError, did_you_mean
+from transfercache.heads.linear_head import LinearHead
+from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int64Array, Problem, Settings, Solver
+
+#: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
+SOLVERS = ("logistic", "linear")
+CLASS_WEIGHTS = ("none", "balanced")
+OPTIMIZERS = ("adamw", "lbfgs")
+
+#: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
+#: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.
+UNTRAINED_BIAS = -1e4
+
+
+def pick_solver(name: str) -> Solver:
+    """Return the solver of this name, importing what it needs only now; raises UsageError for an unknown one."""
+    if name == "logistic":
+        from transfercache.heads.logistic import fit_logistic
+
+        return fit_logistic
+    if name == "linear":
+        from transfercache.heads.linear import fit_linear
+
+        return fit_linear
+    suggestion = did_you_mean(name, SOLVERS)
+    raise UsageError(
+        f"unknown solver {name!r}{suggestion}; these fit a head: {', '.join(SOLVERS)} (knn only evaluates)"
+    )
+
+
+def fit_head(
+    table: FeatureTable,
+    *,
+    solver: str = config.SOLVER,
+    C: float | Literal["auto"] = "auto",
+    class_weight: str = config.CLASS_WEIGHT,
+    optimizer: str = "adamw",
+    seed: int = config.SEED,
+) -> LinearHead:
+    """Fit a head to the labelled rows of `table`, which are all taken as training rows.
+
+    `C` and `optimizer` belong to `logistic` and to `linear`. `balanced` weighs a row by n / (classes * rows of its
+    class), as scikit-learn does, in the fit and in the choice alike. A class without rows gets the probability 0.
+    Raises UsageError for an unknown word, DataError below two classes with rows.
+    """
+    fit = pick_solver(solver)
+    _check_word("class-weight", class_weight, CLASS_WEIGHTS)
+    _check_word("optimizer", optimizer, OPTIMIZERS)
+    settings = Settings(_penalty(C), optimizer, seed)
+    table = table.subset(table.labels >= 0)
+    classes = _trainable_classes(table)
+    targets = np.searchsorted(classes, table.labels).astype(np.int64)
+    problem = Problem(table.features, targets, _row_weights(targets, class_weight), table.group, settings)
+    fitted, chosen = fit(problem)
+    weight, bias = _spread(fitted, classes, n_classes=len(table.class_names))
+    return LinearHead(
+        weight=weight,
+        bias=bias,
+        class_names=table.class_names,
+        spec=table.spec,
+        solver=solver,
+        n_train=len(table),
+        chosen={**chosen, "class_weight": class_weight},
+    )
+
+
+def _check_word(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"--{flag} {value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}")
+
+
+def _penalty(C: float | Literal["auto"]) -> float | None:
+    """Return C itself, or None where it is to be chosen."""
+    if C == "auto":
+        return None
+    if isinstance(C, str) or not 0 < C < math.inf:
+        raise UsageError(f"--C {C!r} must be a positive number, or auto")
+    return float(C)
+
+
+def _trainable_classes(table: FeatureTable) -> Int64Array:
+    classes = np.unique(table.labels)
+    if len(classes) < 2:
+        found = f"only {table.class_names[classes[0]]!r} has any" if len(classes) else "there are none"
+        raise DataError(f"training needs labelled rows of at least two classes, and {found}; add images or --labels")
+    return classes
+
+
+def _row_weights(targets: Int64Array, class_weight: str) -> Float64Array:
+    if class_weight == "none":
+        return np.ones(len(targets))
+    counts = np.bincount(targets)
+    return np.asarray((len(targets) / (len(counts) * counts))[targets])
+
+
+def _spread(fitted: Affine, classes: Int64Array, *, n_classes: int) -> tuple[Float32Array, Float32Array]:
+    """Return weight float32 [C, D] and bias float32 [C] for all classes, the fitted ones centred over the classes."""
+    weight = np.zeros((n_classes, fitted.weight.shape[1]), dtype=np.float32)
+    bias = np.full(n_classes, UNTRAINED_BIAS, dtype=np.float32)
+    # Softmax does not see what all logits share; taking it out is what bounds the largest one from below.
+    weight[classes] = fitted.weight - fitted.weight.mean(axis=0)
+    bias[classes] = fitted.bias - fitted.bias.mean()
+    return weight, bias

@@ -1,0 +1,92 @@
+"""`logistic` against scikit-learn's own pipeline."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from transfercache.heads import logistic
+from transfercache.heads.fit import fit_head
+
+
+@pytest.mark.parametrize("class_weight", ["none", "balanced"])
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("C", [0.01, 1.0, 100.0])
+def test_logistic__equals_the_pipeline(make_table, overlapping, n_classes, class_weight, C):
+    features, labels = (array[overlapping[1] < n_classes] for array in overlapping)
+    features = features * np.float32(7) + np.float32(3)
+    labels = np.where(np.arange(len(labels)) % 3 == 0, labels, 0)  # unequal class sizes
+    table = make_table(features, labels, class_names=("ant", "bee", "cat")[:n_classes])
+    head = fit_head(table, C=C, class_weight=class_weight)
+    model = LogisticRegression(C=C, max_iter=1000, class_weight={"none": None}.get(class_weight, class_weight))
+    pipeline = make_pipeline(StandardScaler(), model).fit(features.astype(np.float64), labels)
+    np.testing.assert_allclose(head.probabilities(features), pipeline.predict_proba(features), atol=1e-5)
+    assert head.chosen["C"] == C
+    assert head.chosen["by"] == "given"
+    assert head.chosen["iterations"] == model.n_iter_[0]
+
+
+def test_logistic__chosen_c_equals_a_search_written_out(make_table, overlapping):
+    from transfercache.splits import assign_folds
+
+    features, labels = overlapping
+    folds, _ = assign_folds(labels, np.arange(300), n_folds=5, seed=2)
+    losses = []
+    for C in logistic.C_GRID:
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+        given = np.empty(300)
+        for fold in range(5):
+            held = folds == fold
+            pipeline.fit(features[~held].astype(np.float64), labels[~held])
+            given[held] = pipeline.predict_proba(features[held])[np.arange(held.sum()), labels[held]]
+        losses.append(-np.log(given).mean())
+    chosen = fit_head(make_table(features, labels), seed=2).chosen
+    # Warm starts stop at another point within the tolerance.
+    np.testing.assert_allclose(chosen["mean_log_loss"], losses, rtol=1e-4)
+    assert chosen["C"] == logistic.C_GRID[int(np.argmin(losses))]
+
+
+def test_logistic__permuted_rows_give_the_same_head(make_table, overlapping):
+    features, labels = overlapping
+    order = np.random.default_rng(5).permutation(300)
+    head = fit_head(make_table(features, labels))
+    permuted = fit_head(make_table(features[order], labels[order], group=order))
+    assert permuted.chosen["C"] == head.chosen["C"]
+    np.testing.assert_allclose(permuted.probabilities(features), head.probabilities(features), atol=1e-4)
+
+
+def test_logistic__every_row_twice_is_twice_the_c(make_table, overlapping):
+    features, labels = overlapping
+    twice = fit_head(make_table(np.tile(features, (2, 1)), np.tile(labels, 2), group=np.tile(np.arange(300), 2)), C=0.1)
+    once = fit_head(make_table(features, labels), C=0.2)
+    np.testing.assert_allclose(twice.probabilities(features), once.probabilities(features), atol=1e-4)
+
+
+def test_logistic__duplicates_in_one_group_do_not_make_a_weak_penalty_look_good(make_table):
+    """Labels are noise, so the strongest penalty is right; four copies of each row make memorising look right."""
+    rng = np.random.default_rng(0)
+    features, labels = np.tile(rng.standard_normal((40, 100)), (4, 1)), np.tile(np.arange(40) % 2, 4)
+    names = ("heads", "tails")
+    grouped = fit_head(make_table(features, labels, class_names=names, group=np.tile(np.arange(40), 4)))
+    leaking = fit_head(make_table(features, labels, class_names=names))
+    assert grouped.chosen["C"] <= 1e-2
+    assert leaking.chosen["C"] >= 1e2
+
+
+def test_logistic__tie_goes_to_the_stronger_penalty(make_table):
+    features = np.zeros((20, 3))  # nothing to learn from: every C gives one half
+    chosen = fit_head(make_table(features, np.arange(20) % 2)).chosen
+    assert chosen["C"] == 1e-4
+
+
+def test_logistic__fit_that_did_not_converge_is_a_named_warning(make_table, overlapping, monkeypatch, caplog):
+    monkeypatch.setattr(logistic, "MAX_ITERATIONS", 2)
+    with caplog.at_level(logging.WARNING):
+        head = fit_head(make_table(*overlapping), C=10.0)
+    assert caplog.messages == ["logistic with C=10 stopped after 2 iterations, before it converged"]
+    assert head.chosen["converged"] is False

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+
+from transfercache.heads.problem import Affine, Problem, Scale, Settings
+from transfercache.heads.select import make_folds, mean_held_out_losses, row_losses, select
+
+
+def make_problem(targets, component=None, *, weights=None, features=None) -> Problem:
+    targets = np.asarray(targets, dtype=np.int64)
+    n_rows = len(targets)
+    return Problem(
+        features=np.zeros((n_rows, 2), np.float32) if features is None else features,
+        targets=targets,
+        row_weights=np.ones(n_rows) if weights is None else weights,
+        component=np.arange(n_rows) if component is None else np.asarray(component, dtype=np.int64),
+        settings=Settings(C=None, optimizer="adamw", seed=0),
+    )
+
+
+def test_make_folds__hold_each_row_out_once_and_divide_no_component():
+    component = np.repeat(np.arange(20), 3)
+    problem = make_problem(np.repeat(np.arange(20) % 2, 3), component)
+    folds = make_folds(problem)
+    assert len(folds) == 5
+    np.testing.assert_array_equal(np.sort(np.concatenate([fold.held for fold in folds])), np.arange(60))
+    for fold in folds:
+        assert not set(component[fold.train]) & set(component[fold.held])
+        assert np.bincount(problem.targets[fold.held]).tolist() == [6, 6]
+
+
+def test_make_folds__shrink_to_the_components_there_are():
+    assert len(make_folds(make_problem([0, 0, 0, 1, 1]))) == 3
+    assert make_folds(make_problem([0, 1, 2])) == []
+    assert make_folds(make_problem([0, 0, 1, 1], component=[0, 0, 2, 2])) == []
+
+
+def test_make_folds__single_row_class_always_trains():
+    for fold in make_folds(make_problem([0, 0, 0, 1])):
+        assert 3 in fold.train
+
+
+def test_make_folds__fold_whose_training_rows_lack_a_class_is_left_out():
+    # Class 1 lives only inside a component that class 0 outnumbers: holding that out would leave none to learn from.
+    problem = make_problem([0, 0, 0, 0, 1], component=[0, 1, 2, 2, 2])
+    folds = make_folds(problem)
+    assert len(folds) == 2
+    assert all(4 in fold.train for fold in folds)
+
+
+def test_select__takes_the_lowest_weighted_mean_and_the_first_of_ties():
+    problem = make_problem([0, 0, 1, 1], weights=np.array([1.0, 1.0, 3.0, 3.0]))
+    biases = [np.array([0.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 9.0])]
+    selection = select(problem, lambda fold: (Affine(np.zeros((2, 2)), bias) for bias in biases), name="bias")
+    expected = [(2 * np.log1p(np.exp(z)) + 6 * np.log1p(np.exp(-z))) / 8 for z in (0, 1, 1, 9)]
+    assert selection is not None
+    np.testing.assert_allclose(selection.chosen["mean_log_loss"], expected, rtol=1e-12)
+    assert selection.position == 1
+    assert selection.chosen["folds"] == 2
+
+
+def test_select__shows_each_fit_only_its_training_rows():
+    seen = []
+    features = np.arange(20, dtype=np.float32).reshape(10, 2)
+    problem = make_problem(np.arange(10) % 2, features=features)
+    folds = make_folds(problem)
+
+    def fit_path(train):
+        seen.append(train.features[:, 0] / 2)
+        yield Affine(np.zeros((2, 2)), np.zeros(2))
+
+    mean_held_out_losses(problem, folds, fit_path)
+    for rows, fold in zip(seen, folds, strict=True):
+        np.testing.assert_array_equal(rows, fold.train)
+
+
+def test_select__nothing_to_hold_out_is_a_named_warning(caplog):
+    with caplog.at_level(logging.WARNING):
+        assert select(make_problem([0, 1]), lambda fold: iter(()), name="C") is None
+    assert caplog.messages == ["C is not chosen by cross-validation: no class has two images (or groups) to hold out"]
+
+
+def test_row_losses__do_not_overflow():
+    losses = row_losses(np.array([[1000.0, 0.0], [1000.0, 0.0], [0.0, 0.0]]), np.array([0, 1, 0]))
+    np.testing.assert_allclose(losses, [0, 1000, np.log(2)])
+
+
+def test_scale__equals_standard_scaler():
+    from sklearn.preprocessing import StandardScaler
+
+    features = np.random.default_rng(0).normal(5, [1e-3, 1, 1e4], (50, 3)).astype(np.float32)
+    features = np.hstack([features, np.full((50, 1), 0.1, np.float32)])
+    scale = Scale.of(features)
+    reference = StandardScaler().fit(features.astype(np.float64))
+    np.testing.assert_allclose(scale.apply(features), reference.transform(features.astype(np.float64)), atol=1e-9)
+    assert scale.deviation[3] == 1
+
+
+def test_scale__folds_back_into_raw_features():
+    rng = np.random.default_rng(1)
+    features = rng.normal(3, 2, (20, 4)).astype(np.float32)
+    weight, bias = rng.standard_normal((3, 4)), rng.standard_normal(3)
+    scale = Scale.of(features)
+    raw = scale.fold(weight, bias).logits(features.astype(np.float64))
+    np.testing.assert_allclose(raw, scale.apply(features) @ weight.T + bias, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e20])
+def test_scale__survives_features_of_any_size(size):
+    features = (np.random.default_rng(2).standard_normal((30, 2)) * size).astype(np.float32)
+    np.testing.assert_allclose(Scale.of(features).apply(features).std(axis=0), 1)
