@@ -29,6 +29,11 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
+def processor_name() -> str:
+    """Return the processor's own name."""
+    return _processor()[0]
+
+
 def _machine() -> dict[str, Any]:
     processor, flags = _processor()
     return {

@@ -15,17 +15,9 @@ from transfercache.errors import LockedError, ResourceError
 
 _READ_BYTES = 1 << 20
 
-# No permission; or the path has a file where a folder should be, a folder where the file should be, or no such folder.
-_REFUSALS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENOENT,
-    errno.ENAMETOOLONG,
-)
+_NO_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+# The path has a file where a folder should be, a folder where the file should be, or leads nowhere.
+_WRONG_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG)
 
 
 def sync_folder(folder: Path) -> None:
@@ -63,9 +55,15 @@ def resource_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in _REFUSALS:
+        if error.errno in _NO_PERMISSION or (error.errno in _WRONG_PLACE and _is_about(error, path)):
             raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
         raise
+
+
+def _is_about(error: OSError, path: Path) -> bool:
+    """Whether it is `path`, its temporary sibling or a folder above it that is refused, and nothing below it."""
+    named = Path(str(error.filename))
+    return named.parent == path.parent or named in path.parents
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from transfercache.environment import processor_name
 from transfercache.errors import ResourceError, UsageError, did_you_mean
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -46,11 +46,4 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple GPU of {platform.machine()}"
-    return _processor_name()
-
-
-def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or just "x86_64" there
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processor_name()

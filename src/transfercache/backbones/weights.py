@@ -135,13 +135,14 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], *, head_pa
     """Copy `state` into `network`; return whether it held the head too, with the network's own number of classes.
 
     The head is not part of any embedding, so a file without one, or with another number of classes, is as good.
-    Raises WeightsError, `what` naming the source, for missing and unexpected names and for other shapes.
+    Raises WeightsError, `what` naming the source, for missing and unexpected names, other shapes, NaN and infinity.
     """
     own = network.state_dict()
     in_head = {name for name in own if name.startswith(f"{head_path}.")}
     has_head = bool(in_head) and all(name in state and state[name].shape == own[name].shape for name in in_head)
     given = OrderedDict((name, state[name]) for name in state if has_head or not name.startswith(f"{head_path}."))
     _check_names(own, given, optional=in_head, what=what)
+    _check_finite(given, what=what)
     # Torch reads versions of layers from here; a .safetensors file has none, and the names were just checked.
     given._metadata = own._metadata  # type: ignore[attr-defined]
     network.load_state_dict(given, strict=False)
@@ -161,6 +162,12 @@ def _check_names(
         raise WeightsError(
             f"{what}: weights of another architecture: {'; '.join(parts)}; pass --backbone as it was trained"
         )
+
+
+def _check_finite(given: Mapping[str, torch.Tensor], *, what: str) -> None:
+    for name, tensor in given.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{what}: damaged: {name} is not finite (NaN or infinity); get the file again")
 
 
 def _shortened(names: list[str]) -> str:

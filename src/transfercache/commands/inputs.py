@@ -1,0 +1,84 @@
+"""What every command starts from: the cache folder's root, and DATA as labelled, hashed and split rows. Torch-free."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transfercache import config
+from transfercache.cache.store import Store
+from transfercache.images.labels import overlay_labels
+from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """A file that could not be used, and why."""
+
+    path: str
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object under `bad` of the command line's JSON."""
+        return {"path": self.path, "reason": self.reason}
+
+
+def cache_root(cache_dir: Path | str | None) -> Path:
+    """Return where caches live: the argument, else $TRANSFERCACHE_DIR, else ./cache."""
+    return Path(cache_dir or os.environ.get(config.CACHE_DIR_VARIABLE) or config.CACHE_DIR)
+
+
+def finish_manifest(
+    manifest: Manifest,
+    *,
+    labels: Path | str | None,
+    val_fraction: float,
+    split_seed: int,
+    known: Mapping[str, KnownFile],
+    scanned_ns: int,
+) -> Manifest:
+    """Hash the files of a scanned source, split its rows where it gives no split, and overlay labels.
+
+    The split is drawn from the source's own labels, so that an overlay does not move rows between splits; rows that
+    only the overlay labels are split among themselves. Logs what was left out.
+    """
+    manifest = split_rows(
+        hash_files(manifest, known=known, scanned_ns=scanned_ns), val_fraction=val_fraction, split_seed=split_seed
+    )
+    if labels is not None:
+        manifest = overlay_labels(manifest, Path(labels))
+        manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
+    for example, count in manifest.skipped.items():
+        others = f" and {count - 1} more of that kind" if count > 1 else ""
+        logger.warning("left out: %s%s (not a known image extension)", example, others)
+    return manifest
+
+
+def bad_images(manifest: Manifest, reasons: Mapping[int, str]) -> tuple[BadImage, ...]:
+    """Return the bad rows of a manifest in row order: those that could not be hashed, then decoded."""
+    merged = {**manifest.unreadable, **reasons}
+    return tuple(BadImage(manifest.paths[row], merged[row]) for row in sorted(merged))
+
+
+def known_files(folder: Path | None) -> dict[str, KnownFile]:
+    """Return what the cache at `folder` knows of its files, so that unchanged ones are not read to be hashed."""
+    if folder is None:
+        return {}
+    rows = Store(folder).rows()
+    return {} if rows is None else {path: KnownFile(*known) for path, known in rows.known_files().items()}
+
+
+def log_bad(bad: Sequence[BadImage], n_images: int, *, on_bad: config.OnBad) -> None:
+    """Say in the log how many images were left out, unless that was accepted."""
+    if bad and on_bad == "fail":
+        logger.warning(
+            "%d of %d images are unreadable; all others are done and kept: mend or remove those, or pass --on-bad skip",
+            len(bad),
+            n_images,
+        )

@@ -1,0 +1,286 @@
+"""`tlc predict`: a MODEL on files, folders, DATA or a CACHE; rows that a cache holds are not computed again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from transfercache import config
+from transfercache.cache.reader import Cache, is_cache, open_cache
+from transfercache.cache.store import find
+from transfercache.commands.inputs import BadImage, cache_root, known_files, log_bad
+from transfercache.errors import CacheError, UsageError
+from transfercache.extract.loop import PendingImage, embed_images
+from transfercache.files import resource_errors
+from transfercache.images.manifest import Manifest, hash_files
+from transfercache.images.named import NAMED
+from transfercache.images.sources import read_paths, read_source
+from transfercache.models.head_file import Model, check_canaries, load_model
+from transfercache.spec import ExtractSpec
+from transfercache.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from transfercache.backbones.engines import Engine
+
+Features = npt.NDArray[np.float32]  # float32 [D], one image's
+
+# On a terminal; --json and --out give all of them.
+_ROWS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its most probable class, or why it has none."""
+
+    path: str
+    label: str | None
+    probability: float | None
+    top: tuple[tuple[str, float], ...]  # (class, probability), most probable first
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object of this image in the JSON list of `tlc predict`."""
+        if self.label is None:
+            return {"path": self.path, "label": None, "reason": self.reason}
+        top = [{"label": label, "probability": probability} for label, probability in self.top]
+        return {"path": self.path, "label": self.label, "probability": self.probability, "top": top}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """All images in the order given; with `out` they are in that file, and here only the first few."""
+
+    images: tuple[Prediction, ...]
+    n_images: int
+    bad: tuple[BadImage, ...]
+    out: Path | None
+    model: Path
+
+    @property
+    def next_command(self) -> tuple[str, ...]:
+        """The words of the command a person would run next."""
+        return ("tlc", "predict", str(self.model), "MORE_IMAGES", "--out", "predictions.csv")
+
+    def to_json(self) -> Any:
+        """Return a list of all images; with `out`, {out, images, bad} instead, as the file has them."""
+        if self.out is None:
+            return [image.to_json() for image in self.images]
+        return {"out": str(self.out), "images": self.n_images, "bad": [item.to_json() for item in self.bad]}
+
+    def render(self) -> RenderableType:
+        """Return the same for a terminal."""
+        from transfercache.report.predictions import render_predictions
+
+        best = [(image.path, *image.top[0]) for image in self.images[:_ROWS_SHOWN] if image.top]
+        return render_predictions(best, n_images=self.n_images - len(self.bad), out=self.out)
+
+
+def predict(
+    model: str | Path,
+    inputs: str | Path | Sequence[str | Path],
+    *,
+    weights: str | None = None,
+    top: int = config.TOP,
+    device: config.Device = config.DEVICE,
+    batch_size: int = config.EXTRACT_BATCH_SIZE,
+    workers: int | None = None,
+    cache_dir: Path | str | None = None,
+    on_bad: config.OnBad = config.ON_BAD,
+    out: Path | str | None = None,
+) -> Predictions:
+    """Label images with a MODEL: `load` and `LoadedModel.predict` in one, whose parameters these are.
+
+    A bad image is listed with its reason; with `on_bad="fail"` it is also logged, as the command line ends with 3.
+    """
+    result = load(model, weights=weights, device=device).predict(
+        inputs, top=top, batch_size=batch_size, workers=workers, cache_dir=cache_dir, out=out
+    )
+    log_bad(result.bad, result.n_images, on_bad=on_bad)
+    return result
+
+
+def load(model: str | Path, *, weights: str | None = None, device: config.Device = config.DEVICE) -> LoadedModel:
+    """Read a MODEL that `train_head` or `finetune` wrote; its backbone is loaded when images are first embedded.
+
+    `weights` says where the backbone's weights are, where they have moved. Raises ModelError.
+    """
+    path = Path(model)
+    return LoadedModel(path, load_model(path), weights, device)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A MODEL ready to predict; keep it to load the backbone once for many calls."""
+
+    path: Path
+    model: Model
+    weights: str | None
+    device: config.Device
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that it tells apart."""
+        return self.model.head.class_names
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The backbone on its device, checked against the model's canary logits."""
+        # Torch takes seconds to import, and none of it is needed where a cache has every row.
+        from transfercache.backbones.devices import pick_device
+        from transfercache.models.network import load_engine
+
+        return load_engine(self.model, self.path, weights=self.weights, device=pick_device(self.device))
+
+    def predict(
+        self,
+        inputs: str | Path | Sequence[str | Path],
+        *,
+        top: int = config.TOP,
+        batch_size: int = config.EXTRACT_BATCH_SIZE,
+        workers: int | None = None,
+        cache_dir: Path | str | None = None,
+        out: Path | str | None = None,
+    ) -> Predictions:
+        """Label images in the order given (folders: sorted), with the `top` classes of each.
+
+        `inputs` is one CACHE (its rows are read: no image, no torch), one DATA (rows that a cache under `cache_dir`
+        holds are reused), or any files and folders. With `out` (.csv or .jsonl) the predictions are streamed there
+        and the result keeps a few. Raises ModelError, CacheError (of another spec than the model's), DataError,
+        WeightsError, ResourceError, and UsageError for an `out` of another ending.
+        """
+        words = [str(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+        if len(words) == 1 and is_cache(Path(words[0])):
+            rows = self._cache_rows(Path(words[0]))
+        else:
+            rows = self._image_rows(words, cache_root(cache_dir), batch_size=batch_size, workers=workers)
+        with closing(rows):
+            images = (self._prediction(path, outcome, top) for path, outcome in rows)
+            return _collect(images, model=self.path, out=None if out is None else Path(out))
+
+    def _prediction(self, path: str, outcome: Features | str, top: int) -> Prediction:
+        if isinstance(outcome, str):
+            return Prediction(path, None, None, (), outcome)
+        row = self.model.head.probabilities(outcome[None])[0]  # float64 [C]
+        best = tuple((self.class_names[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:top])
+        return Prediction(path, best[0][0], best[0][1], best)
+
+    def _cache_rows(self, folder: Path) -> Generator[tuple[str, Features | str], None, None]:
+        head = self.model.head
+        if self.model.is_finetuned:
+            raise CacheError(f"{folder}: {self.path} is fine-tuned and has a backbone of its own; give it the images")
+        cache = open_cache(folder)
+        if cache.spec != head.spec:
+            difference = _difference(cache.spec, head.spec)
+            raise CacheError(f"{folder}: not of the spec that {self.path} was trained on ({difference})")
+        check_canaries(self.path, self.model, cache.canaries)
+        table = cache.table()
+        features = iter(table.features[table.view == 0])
+        rows = cache.rows
+        for i in np.flatnonzero(rows.view == 0).tolist():
+            yield rows.path[i], rows.reason[i] or next(features)
+
+    def _image_rows(
+        self, words: Sequence[str], cache_dir: Path, *, batch_size: int, workers: int | None
+    ) -> Generator[tuple[str, Features | str], None, None]:
+        scanned_ns = time.time_ns()
+        manifest = read_source(words[0]) if len(words) == 1 and _is_data(words[0]) else read_paths(words)
+        folder = None
+        if not self.model.is_finetuned:
+            spec = self.model.head.spec
+            folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
+        manifest = hash_files(manifest, known=known_files(folder), scanned_ns=scanned_ns)
+        known: dict[int, Features | str] = dict(manifest.unreadable)
+        if folder is not None:
+            known |= _cached_features(open_cache(folder), manifest)
+        missing = [row for row in range(manifest.n_rows) if row not in known]
+        computed = self._computed(manifest, missing, batch_size=batch_size, workers=workers)
+        with closing(computed):
+            for row, path in enumerate(manifest.paths):
+                yield path, known[row] if row in known else next(computed)
+
+    def _computed(
+        self, manifest: Manifest, rows: Sequence[int], *, batch_size: int, workers: int | None
+    ) -> Generator[Features | str, None, None]:
+        """Yield the embedding, or the reason why there is none, of `rows` in order."""
+        if not rows:
+            return
+        batches = embed_images(
+            [PendingImage(slot, row) for slot, row in enumerate(rows)],
+            manifest,
+            self.engine,
+            self.model.head.spec.preprocessing,
+            batch_size=min(batch_size, len(rows)),
+            workers=workers,
+            watch=Stopwatch(),
+        )
+        with closing(batches):
+            for batch in batches:
+                outcomes: dict[int, Features | str] = dict(batch.bad)
+                outcomes |= {image.row: batch.features[i] for i, image in enumerate(batch.images)}
+                for row in sorted(outcomes):
+                    yield outcomes[row]
+
+
+def _difference(cache: ExtractSpec, head: ExtractSpec) -> str:
+    ours, theirs = cache.to_json(), head.to_json()
+    return ", ".join(f"{name} {ours[name]} against {theirs[name]}" for name in ours if ours[name] != theirs[name])
+
+
+def _is_data(word: str) -> bool:
+    """Folders, CSV files and names are DATA; any other file is an image by itself."""
+    return word in NAMED or word.lower().endswith(".csv") or Path(word).expanduser().is_dir()
+
+
+def _cached_features(cache: Cache, manifest: Manifest) -> dict[int, Features]:
+    """Return {manifest row: its embedding} for the images whose bytes the cache has seen."""
+    table = cache.table()
+    contents = cache.rows.digest[cache.rows.view == 0][table.row]
+    at = {digest.tobytes(): i for i, digest in enumerate(contents) if table.view[i] == 0}
+    found = ((row, at.get(digest.tobytes())) for row, digest in enumerate(manifest.digests))
+    return {row: table.features[i] for row, i in found if i is not None}
+
+
+def _collect(stream: Iterator[Prediction], *, model: Path, out: Path | None) -> Predictions:
+    kept: list[Prediction] = []
+    bad: list[BadImage] = []
+    n_images = 0
+    with _writing(out) as write:
+        for image in stream:
+            n_images += 1
+            write(image)
+            if image.reason is not None:
+                bad.append(BadImage(image.path, image.reason))
+            if out is None or n_images <= _ROWS_SHOWN:
+                kept.append(image)
+    return Predictions(tuple(kept), n_images, tuple(bad), out, model)
+
+
+@contextmanager
+def _writing(out: Path | None) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that writes one prediction to `out`, a line each; .csv or .jsonl."""
+    if out is None:
+        yield lambda _: None
+        return
+    if out.suffix not in (".csv", ".jsonl"):
+        raise UsageError(f"--out {out}: name a .csv or a .jsonl file")
+    with resource_errors(out), open(out, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        if out.suffix == ".jsonl":
+            yield lambda image: print(json.dumps(image.to_json()), file=file)
+            return
+        rows = csv.writer(file)
+        rows.writerow(["path", "label", "probability", "reason"])
+        yield lambda image: rows.writerow(
+            [image.path, image.label or "", "" if image.probability is None else image.probability, image.reason or ""]
+        )

@@ -1,0 +1,225 @@
+"""`tlc train-head`: a cache -> a linear head and its figures. The CACHE form imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from transfercache import config
+from transfercache.cache.reader import Cache, is_cache, open_cache
+from transfercache.cache.table import FeatureTable
+from transfercache.classes import check_classes
+from transfercache.commands.inputs import BadImage, cache_root
+from transfercache.errors import DataError, UsageError
+from transfercache.heads.fit import fit_head
+from transfercache.heads.knn import knn_probabilities
+from transfercache.heads.linear_head import LinearHead
+from transfercache.metrics import Report, evaluate
+from transfercache.models.head_file import Model, save_model
+from transfercache.overlay import overlay
+from transfercache.splits import Split, complete_split, reported_split
+from transfercache.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from transfercache.commands.extract import Extraction
+
+logger = logging.getLogger(__name__)
+
+KNN = "knn"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadResult:
+    """A trained head, where it was written, and its figures on the reported split (None: no labelled row there)."""
+
+    head: Path | None  # None for knn, which only evaluates
+    solver: str
+    chosen: dict[str, Any]
+    n_train: int
+    reported: Report | None
+    seconds: dict[str, float]  # load, fit, total
+    linear_head: LinearHead | None
+    cache: Path
+    bad: tuple[BadImage, ...] = ()  # no image is read
+
+    def predict(self, features: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """Return int64 [M], indices into the class names, for embeddings float32 [M, D]."""
+        if self.linear_head is None:
+            raise UsageError(f"{self.solver} only evaluates and leaves no head; train one with solver='logistic'")
+        return self.linear_head.predict(features)
+
+    @property
+    def next_command(self) -> tuple[str, ...]:
+        """The words of the command a person would run next."""
+        if self.head is None:
+            return ("tlc", "train-head", str(self.cache), "--solver", config.SOLVER)
+        return ("tlc", "predict", str(self.head), str(self.cache))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document of `tlc train-head`."""
+        return {
+            "head": None if self.head is None else str(self.head),
+            "solver": self.solver,
+            "chosen": self.chosen,
+            "n_train": self.n_train,
+            "reported": None if self.reported is None else self.reported.to_json(),
+            "seconds": self.seconds,
+        }
+
+    def render(self) -> RenderableType:
+        """Return the same for a terminal."""
+        from transfercache.report.classes import render_report
+
+        title = f"{self.solver} on {self.n_train} training rows"
+        written = "" if self.head is None else f"{self.head}\n"
+        footer = f"{written}load {self.seconds['load']:.2f} s, fit {self.seconds['fit']:.2f} s"
+        return render_report(self.reported, title=title, footer=footer)
+
+
+def train_head(
+    cache: str | Path | Extraction,
+    *,
+    solver: str = config.SOLVER,
+    C: str | float = config.C,
+    class_weight: config.ClassWeight = config.CLASS_WEIGHT,
+    optimizer: config.Optimizer = config.OPTIMIZER,
+    backbone: str = config.BACKBONE,
+    weights: str = config.WEIGHTS,
+    cache_dir: Path | str | None = None,
+    labels: Path | str | None = None,
+    val_fraction: float = config.VAL_FRACTION,
+    split_seed: int = config.SPLIT_SEED,
+    seed: int = config.SEED,
+    out: Path | str | None = None,
+) -> HeadResult:
+    """Train a head on the training rows of a cache and report it, once, on its test split, else val.
+
+    `cache` is a cache folder, the result of `extract_features`, or the DATA of a cache that exists for `backbone`
+    and `weights`. `labels` (a CSV of path,label) overlays the cache's labels without touching it; rows that only it
+    labels are split by `val_fraction` and `split_seed`. Every choice is made by cross-validation on training rows.
+
+    Raises CacheError, DataError (below two classes with training rows), UsageError (unknown solver).
+    """
+    watch = Stopwatch()
+    with watch.stage("load"):
+        opened = _open(cache, backbone=backbone, weights=weights, cache_dir=cache_dir)
+        table = labelled_table(opened, labels=labels, val_fraction=val_fraction, split_seed=split_seed)
+    train = table.subset((table.split == Split.TRAIN) & (table.labels >= 0))
+    held_out = _reported_rows(table)
+    warnings = check_classes(
+        labels=table.labels,
+        split=table.split,
+        component=table.group,
+        class_names=table.class_names,
+        where=str(opened.folder),
+    )
+    for warning in warnings:
+        logger.warning("%s", warning)
+    with watch.stage("fit"):
+        head = None
+        if solver != KNN:
+            head = fit_head(
+                train, solver=solver, C=_parse_c(C), class_weight=class_weight, optimizer=optimizer, seed=seed
+            )
+    reported = None if held_out is None else _report(head, train, held_out)
+    path = None
+    if head is not None:
+        path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{opened.data_name}-{solver}.safetensors"
+        save_model(_model(head, opened, reported), path)
+    return HeadResult(
+        head=path,
+        solver=solver,
+        chosen={"neighbours": config.KNN_NEIGHBOURS} if head is None else head.chosen,
+        n_train=len(train.labels),
+        reported=reported,
+        seconds=watch.seconds(),
+        linear_head=head,
+        cache=opened.folder,
+    )
+
+
+def labelled_table(cache: Cache, *, labels: Path | str | None, val_fraction: float, split_seed: int) -> FeatureTable:
+    """Return the good rows of a cache with a label file laid over; rows that only it labels are split by content."""
+    table = cache.table()
+    if labels is None:
+        return table
+    # Over all rows: the file may name bad images too, and the split is then the one that extraction draws.
+    rows = cache.rows
+    first = np.flatnonzero(rows.view == 0)
+    content = rows.digest[first]
+    codes, class_names = overlay([rows.path[i] for i in first], rows.label[first], cache.class_names, Path(labels))
+    split = complete_split(
+        rows.split[first],
+        np.where(content.any(axis=1), codes, -1),
+        rows.group[first],
+        content,
+        val_fraction=val_fraction,
+        seed=split_seed,
+    )
+    return replace(table, labels=codes[table.row], class_names=class_names, split=split[table.row])
+
+
+def _open(cache: str | Path | Extraction, *, backbone: str, weights: str, cache_dir: Path | str | None) -> Cache:
+    folder = Path(cache) if isinstance(cache, (str, Path)) else cache.cache
+    if is_cache(folder):
+        return open_cache(folder)
+    # DATA: its files are listed, for which Pillow is loaded, and its cache is found by the weights' digest, which
+    # takes torch: a CACHE needs neither.
+    from transfercache.images.sources import read_source
+
+    manifest = read_source(folder)
+    from transfercache.commands.extract import find_cache_of
+
+    root = cache_root(cache_dir)
+    found = find_cache_of(manifest, backbone=backbone, weights=weights, cache_dir=root)
+    if found is None:
+        words = ["tlc", "extract-features", str(folder), "--backbone", backbone, "--weights", weights]
+        raise DataError(f"{folder}: no cache of it for {backbone} under {root}; make it with: {shlex.join(words)}")
+    return open_cache(found)
+
+
+def _reported_rows(table: FeatureTable) -> FeatureTable | None:
+    split = reported_split(table.split, table.labels)
+    # Training takes every view of an image, evaluation the eval transform alone.
+    return None if split is None else table.subset((table.split == split) & (table.labels >= 0) & (table.view == 0))
+
+
+def _report(head: LinearHead | None, train: FeatureTable, held_out: FeatureTable) -> Report:
+    n_classes = len(train.class_names)
+    if head is None:
+        probabilities = knn_probabilities(train, held_out.features, n_classes=n_classes)
+    else:
+        probabilities = head.probabilities(held_out.features)
+    return evaluate(
+        held_out.labels,
+        probabilities,
+        class_names=train.class_names,
+        n_train_per_class=np.bincount(train.labels, minlength=n_classes),
+        split=Split(held_out.split[0]).name.lower(),
+    )
+
+
+def _model(head: LinearHead, cache: Cache, reported: Report | None) -> Model:
+    return Model(
+        head=head,
+        canary_logits=head.logits(cache.canaries),
+        weights_source=cache.provenance[-1]["weights"],
+        reported=None if reported is None else reported.to_json(),
+    )
+
+
+def _parse_c(value: str | float) -> float | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UsageError(f"--C {value!r} must be a positive number, or auto") from error

@@ -1,0 +1,174 @@
+"""A MODEL on disk: one safetensors file with the head, the canary logits and JSON metadata. Torch-free.
+
+Tensors, all float32 unless the backbone's own are of another dtype:
+  head.weight [C, D]   head.bias [C]   canary_logits [4, C]
+  backbone.<name>      a fine-tuned backbone's tensors; absent for a head on frozen embeddings
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.numpy
+
+from transfercache.errors import ModelError
+from transfercache.files import resource_errors, write_atomic
+from transfercache.heads.linear_head import LinearHead
+from transfercache.spec import ExtractSpec
+from transfercache.version import __version__
+
+MODEL_SCHEMA_VERSION = 1
+_METADATA_KEY = "tlc"
+_BACKBONE_PREFIX = "backbone."
+# A thousand classes with their figures take some hundred kilobytes.
+_MAX_METADATA_BYTES = 64 << 20
+# Float32 rounding differs between machines and engines; a wrong network is off by far more than this.
+CANARY_TOLERANCE = 1e-2
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A head with what prediction needs: its spec, where the backbone's weights came from, and canary logits."""
+
+    head: LinearHead
+    canary_logits: FloatArray  # float32 [4, C]: the logits of `backbones.engines.canary_pixels`
+    weights_source: dict[str, str]
+    reported: dict[str, Any] | None = None
+    backbone_tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # not empty: fine-tuned
+
+    @property
+    def is_finetuned(self) -> bool:
+        """Whether the file holds a backbone of its own, so that cached embeddings do not fit it."""
+        return bool(self.backbone_tensors)
+
+
+def save_model(model: Model, path: Path) -> None:
+    """Write `model` to `path`, replacing it atomically; missing parent folders are made."""
+    head = model.head
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "head.weight": head.weight,
+        "head.bias": head.bias,
+        "canary_logits": model.canary_logits,
+        **{_BACKBONE_PREFIX + name: tensor for name, tensor in model.backbone_tensors.items()},
+    }
+    description = {
+        "schema_version": MODEL_SCHEMA_VERSION,
+        "tlc_version": __version__,
+        "class_names": list(head.class_names),
+        "spec": head.spec.to_json(),
+        "solver": head.solver,
+        "chosen": head.chosen,
+        "n_train": head.n_train,
+        "temperature": head.temperature,
+        "weights_source": model.weights_source,
+        "reported": model.reported,
+    }
+    metadata = {_METADATA_KEY: json.dumps(description, allow_nan=False)}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with resource_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, safetensors.numpy.save(contiguous, metadata))
+
+
+def load_model(path: Path) -> Model:
+    """Read and validate a MODEL; raises ModelError naming the file and what is wrong with it."""
+    if not path.is_file():
+        raise ModelError(f"{path}: no such model file; train-head and finetune write one (--out)")
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{path}: not a model of tlc ({error})") from error
+    try:
+        return _checked_model(tensors, _parse(metadata))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a model of this tlc ({error}); train it again") from error
+
+
+def check_canaries(path: Path, model: Model, embeddings: FloatArray) -> None:
+    """Compare the logits of fresh canary embeddings, float32 [4, D], with those kept in the file.
+
+    Raises ModelError where they differ, or where the head does not take embeddings of this length.
+    """
+    if embeddings.shape[1] != model.head.dim:
+        raise ModelError(
+            f"{path}: its head takes {model.head.dim} features, but its backbone gives {embeddings.shape[1]}; "
+            "train it again"
+        )
+    logits = model.head.logits(embeddings)
+    scale = max(1.0, float(np.abs(model.canary_logits).max()))
+    difference = float(np.abs(logits - model.canary_logits).max())
+    if not difference <= CANARY_TOLERANCE * scale:
+        raise ModelError(
+            f"{path}: on its own test images this model's logits differ from those it was saved with by "
+            f"{difference:.3g}; the backbone here is not the one it was trained on"
+        )
+
+
+def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
+    text = metadata.get(_METADATA_KEY)
+    if text is None:
+        raise ValueError("it has no tlc metadata")
+    if len(text) > _MAX_METADATA_BYTES:
+        raise ValueError("its metadata is too large")
+    try:
+        description = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its metadata is nested too deeply") from error
+    if not isinstance(description, dict):
+        raise ValueError("its metadata is not an object")
+    version = description.get("schema_version")
+    if version != MODEL_SCHEMA_VERSION:
+        raise ValueError(f"schema {version!r}, this tlc reads {MODEL_SCHEMA_VERSION}")
+    return description
+
+
+def _checked_model(tensors: Mapping[str, npt.NDArray[Any]], description: Mapping[str, Any]) -> Model:
+    class_names = description["class_names"]
+    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError("class_names must be a list of strings")
+    canary = tensors["canary_logits"]
+    if canary.shape != (4, len(class_names)) or canary.dtype != np.float32 or not np.isfinite(canary).all():
+        raise ValueError(f"canary_logits must be finite float32 [4, {len(class_names)}]")
+    # LinearHead checks its own parts: shapes, dtypes, finite values, different names.
+    head = LinearHead(
+        weight=tensors["head.weight"],
+        bias=tensors["head.bias"],
+        class_names=tuple(class_names),
+        spec=ExtractSpec.from_json(description["spec"]),
+        solver=_of_type(description, "solver", str),
+        chosen=_of_type(description, "chosen", dict),
+        n_train=_of_type(description, "n_train", int),
+        temperature=float(_of_type(description, "temperature", float)),
+    )
+    prefix = len(_BACKBONE_PREFIX)
+    return Model(
+        head=head,
+        canary_logits=canary,
+        weights_source=_checked_source(description),
+        reported=None if description["reported"] is None else _of_type(description, "reported", dict),
+        backbone_tensors={n[prefix:]: t for n, t in tensors.items() if n.startswith(_BACKBONE_PREFIX)},
+    )
+
+
+def _checked_source(description: Mapping[str, Any]) -> dict[str, str]:
+    source: dict[str, str] = _of_type(description, "weights_source", dict)
+    if not all(isinstance(value, str) for value in source.values()):
+        raise ValueError("weights_source must hold strings")
+    return source
+
+
+def _of_type(description: Mapping[str, Any], name: str, kind: type) -> Any:
+    if type(description[name]) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}")
+    return description[name]

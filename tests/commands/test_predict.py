@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transfercache.commands.extract import Extraction, extract_features
+from transfercache.commands.finetune import FinetuneOutcome, finetune
+from transfercache.commands.inputs import finish_manifest
+from transfercache.commands.predict import load, predict
+from transfercache.commands.train import train_head
+from transfercache.errors import CacheError, ModelError, WeightsError
+from transfercache.images.sources import read_source
+from transfercache.splits import Split
+
+
+@pytest.fixture(scope="session")
+def head(unlabelled: Extraction, flat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head on the first 40 images of `flat`, which were extracted before anyone labelled them."""
+    folder = tmp_path_factory.mktemp("models")
+    rows = "".join(f"{path.name},{path.stem[4:]}\n" for path in sorted(flat.iterdir())[:40])
+    (folder / "fixes.csv").write_text("path,label\n" + rows)
+    train_head(unlabelled, labels=folder / "fixes.csv", C=1.0, out=folder / "head.safetensors")
+    return folder / "head.safetensors"
+
+
+@pytest.fixture(scope="session")
+def finetuned(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneOutcome:
+    out = tmp_path_factory.mktemp("models") / "finetuned.safetensors"
+    return finetune(pets, backbone="mobilenet_v3_small", weights="random", epochs=1, batch_size=12, out=out)
+
+
+def test_predict__of_a_cache__equals_that_of_the_files(
+    head: Path, unlabelled: Extraction, flat: Path, tmp_path: Path
+) -> None:
+    cached = predict(head, unlabelled.cache).images
+    files = predict(head, [flat], cache_dir=tmp_path / "no-cache").images
+    assert len(cached) == 100
+    assert [image.path for image in cached] == [image.path for image in files]
+    assert [image.label for image in cached] == [image.label for image in files]
+    np.testing.assert_allclose(
+        [image.probability for image in cached], [image.probability for image in files], atol=1e-5
+    )
+    assert {image.label for image in cached} == {"cat", "dog"}
+
+
+def test_predict__of_a_cache__needs_neither_torch_nor_the_images(
+    head: Path, unlabelled: Extraction, flat: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\n"
+        f"sys.argv = ['tlc', 'predict', {str(head)!r}, {str(unlabelled.cache)!r}, '--json']\n"
+        "from transfercache.cli.main import run\n"
+        "try:\n  run()\n"
+        "finally:\n  print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "torchvision", "timm", "sklearn"} & set(done.stderr.splitlines()[-1].split()) == set()
+    images = json.loads(done.stdout)
+    expected = [image.to_json() for image in predict(head, unlabelled.cache).images]
+    assert images == expected
+    # Two classes: both are in `top`, and the probabilities are of one distribution.
+    assert all(abs(sum(item["probability"] for item in image["top"]) - 1) < 1e-9 for image in images)
+
+
+def test_predict__of_data_whose_rows_are_cached__loads_no_backbone(
+    head: Path, unlabelled: Extraction, flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr("transfercache.models.network.load_backbone", refuse)
+    result = predict(head, flat, cache_dir=unlabelled.cache.parent)
+    assert [image.to_json() for image in result.images] == [
+        image.to_json() for image in predict(head, unlabelled.cache).images
+    ]
+
+
+def test_predict__of_data_that_has_changed__computes_only_what_is_new(
+    head: Path, flat: Path, draw_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(flat.iterdir())[:20]:
+        shutil.copy(path, data)
+    extract_features(data, backbone="mobilenet_v3_small", weights="random", cache_dir=tmp_path / "cache")
+    (data / "005-dog.png").unlink()
+    shutil.copy(data / "000-cat.png", data / "000-cat-copy.png")
+    draw_photos(data, ["00-cat.png", "new-dog.png"], first_seed=1000)
+    model = load(head)
+    engine, seen = model.engine, []
+    embed = engine.embed
+    engine.embed = lambda pixels: seen.append(len(pixels)) or embed(pixels)  # type: ignore[method-assign]
+    result = model.predict(data, cache_dir=tmp_path / "cache")
+    # 00-cat.png and new-dog.png in one batch; the copy's bytes are known.
+    assert seen == [2]
+    assert len(result.images) == 22
+    by_path = {image.path: image for image in result.images}
+    assert by_path["000-cat-copy.png"].probability == by_path["000-cat.png"].probability
+
+
+def test_predict__of_single_files__keeps_their_order(head: Path, flat: Path) -> None:
+    paths = [flat / "051-dog.png", flat / "050-cat.png"]
+    result = predict(head, paths, top=1)
+    assert [image.path for image in result.images] == [str(path) for path in paths]
+    assert [len(image.top) for image in result.images] == [1, 1]
+    alone = predict(head, paths[1]).images[0]
+    assert alone.probability == pytest.approx(result.images[1].probability, abs=1e-6)
+    assert [label for label, _ in alone.top] == sorted(("cat", "dog"), key=lambda label: -dict(alone.top)[label])
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_out__has_every_image_in_order(head: Path, unlabelled: Extraction, tmp_path: Path, ending: str) -> None:
+    every = predict(head, unlabelled.cache).images
+    result = predict(head, unlabelled.cache, out=tmp_path / f"all.{ending}")
+    assert result.to_json() == {"out": str(tmp_path / f"all.{ending}"), "images": 100, "bad": []}
+    text = (tmp_path / f"all.{ending}").read_text()
+    if ending == "jsonl":
+        assert [json.loads(line) for line in text.splitlines()] == [image.to_json() for image in every]
+    else:
+        rows = list(csv.DictReader(text.splitlines()))
+        assert [(row["path"], row["label"], float(row["probability"])) for row in rows] == [
+            (image.path, image.label, image.probability) for image in every
+        ]
+
+
+def test_predict__of_a_cache_with_a_model_of_other_weights(head: Path, extraction: Extraction) -> None:
+    with pytest.raises(
+        CacheError, match=r"not of the spec that .*head\.safetensors was trained on \(backbone resnet18"
+    ):
+        predict(head, extraction.cache)
+
+
+def test_finetuned_model__predicts_what_its_run_reported(finetuned: FinetuneOutcome, pets: Path) -> None:
+    assert finetuned.reported is not None
+    images = predict(finetuned.model, pets).images
+    saved = load(finetuned.model)
+    assert saved.model.reported == finetuned.reported.to_json()
+    # The confusion matrix and the log loss of the run, from the predictions of the saved model.
+    split = _split_of(pets)
+    held_out = [image for image in images if split[image.path] == "val"]
+    truth = [image.path.split("/")[0] for image in held_out]
+    right = np.mean([image.label == name for image, name in zip(held_out, truth, strict=True)])
+    loss = -np.mean([np.log(dict(image.top)[name]) for image, name in zip(held_out, truth, strict=True)])
+    assert len(held_out) == finetuned.reported.n == 4
+    assert right == finetuned.reported.accuracy
+    assert loss == pytest.approx(finetuned.reported.log_loss, abs=1e-5)
+
+
+def test_finetuned_model__takes_no_cache(finetuned: FinetuneOutcome, unlabelled: Extraction) -> None:
+    with pytest.raises(CacheError, match="is fine-tuned and has a backbone of its own; give it the images"):
+        predict(finetuned.model, unlabelled.cache)
+
+
+def test_load__of_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such model file"):
+        load(tmp_path / "none")
+
+
+def test_weights__that_are_not_those_of_the_head(head: Path, flat: Path) -> None:
+    with pytest.raises(WeightsError, match=r"none\.pth: no such file"):
+        predict(head, flat / "000-cat.png", weights="none.pth")
+
+
+def _split_of(pets: Path) -> dict[str, str]:
+    manifest = finish_manifest(read_source(pets), labels=None, val_fraction=0.2, split_seed=0, known={}, scanned_ns=0)
+    return {path: Split(split).name.lower() for path, split in zip(manifest.paths, manifest.split, strict=True)}

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transfercache.commands.extract import Extraction, extract_features
+from transfercache.commands.train import labelled_table, train_head
+from transfercache.errors import DataError, UsageError
+from transfercache.models.head_file import load_model
+
+
+def test_train_head__reports_and_saves_the_same_head(extraction: Extraction, tmp_path: Path) -> None:
+    result = train_head(extraction)
+    assert result.head == Path("models/pets-logistic.safetensors")
+    assert (result.solver, result.n_train) == ("logistic", 12)
+    table = extraction.table("val")
+    assert result.reported is not None
+    assert (result.reported.split, result.reported.n) == ("val", 4)
+    assert result.reported.accuracy == np.mean(result.predict(table.features) == table.labels)
+    saved = load_model(tmp_path / result.head)
+    np.testing.assert_array_equal(saved.head.predict(table.features), result.predict(table.features))
+    np.testing.assert_allclose(saved.canary_logits, saved.head.logits(extraction.open().canaries))
+    assert saved.head.chosen == result.chosen
+    assert saved.weights_source["kind"] == "random"
+    assert saved.reported == result.reported.to_json()
+
+
+def test_train_head__of_a_path__is_that_of_the_extraction(extraction: Extraction) -> None:
+    results = [train_head(cache, C=1.0, out=Path("head")) for cache in (extraction, extraction.cache)]
+    heads = [result.linear_head for result in results]
+    assert heads[0] is not None
+    assert heads[1] is not None
+    np.testing.assert_array_equal(heads[0].weight, heads[1].weight)
+
+
+def test_train_head__has_the_fields_of_the_command_line(extraction: Extraction) -> None:
+    document = json.loads(json.dumps(train_head(extraction).to_json(), allow_nan=False))
+    assert list(document) == ["head", "solver", "chosen", "n_train", "reported", "seconds"]
+    assert set(document["seconds"]) == {"load", "fit", "total"}
+    assert {"split", "accuracy", "interval", "n", "balanced_accuracy", "macro_f1", "log_loss", "per_class"} <= set(
+        document["reported"]
+    )
+
+
+def test_train_head__is_repeatable(extraction: Extraction, tmp_path: Path) -> None:
+    for name in "ab":
+        train_head(extraction, out=tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_knn__evaluates_and_leaves_no_head(extraction: Extraction, tmp_path: Path) -> None:
+    result = train_head(extraction, solver="knn")
+    assert (result.head, result.chosen) == (None, {"neighbours": 5})
+    assert result.reported is not None
+    assert result.reported.n == 4
+    assert result.next_command == ("tlc", "train-head", str(extraction.cache), "--solver", "logistic")
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="knn only evaluates and leaves no head"):
+        result.predict(np.zeros((1, 512), np.float32))
+
+
+def test_labels__leave_the_cache_as_it_is(extraction: Extraction, tmp_path: Path) -> None:
+    before = (extraction.cache / "catalogue.json").read_bytes()
+    (tmp_path / "fixes.csv").write_text("path,label\ncat/0.png,dog\n")
+    result = train_head(extraction, labels=tmp_path / "fixes.csv", C=1.0)
+    assert result.reported is not None
+    n = {item.name: item.n + item.n_train for item in result.reported.per_class}
+    assert n == {"cat": 7, "dog": 9}
+    assert (extraction.cache / "catalogue.json").read_bytes() == before
+
+
+def test_labels__of_an_unlabelled_cache__split_as_extraction_does(
+    unlabelled: Extraction, flat: Path, tmp_path: Path
+) -> None:
+    fixes = tmp_path / "fixes.csv"
+    fixes.write_text("path,label\n" + "".join(f"{p.name},{p.stem[4:]}\n" for p in sorted(flat.iterdir())[:40]))
+    with pytest.raises(DataError, match=r"fewer than two classes with training images \(none has any\)"):
+        train_head(unlabelled)
+    table = labelled_table(unlabelled.open(), labels=fixes, val_fraction=0.2, split_seed=0)
+    assert table.class_names == ("cat", "dog")
+    assert np.bincount(table.labels + 1).tolist() == [60, 20, 20]
+    assert np.bincount(table.split).tolist() == [60, 32, 8]
+    shutil.copytree(unlabelled.cache.parent, tmp_path / "cache")
+    relabelled = extract_features(
+        flat, backbone="mobilenet_v3_small", weights="random", cache_dir=tmp_path / "cache", labels=fixes
+    )
+    assert relabelled.computed == 0
+    np.testing.assert_array_equal(relabelled.table().split, table.split)
+    np.testing.assert_array_equal(relabelled.table().labels, table.labels)
+
+
+def test_labels__with_bad_images__split_as_extraction_does(flat: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for path in sorted(flat.iterdir())[:20]:
+        shutil.copy(path, folder)
+    for name in ("000-cat.png", "001-dog.png", "003-dog.png"):
+        (folder / name).write_text(f"{name} is text")
+    (folder / "002-cat.png").unlink()
+    (folder / "002-cat.png").symlink_to("nowhere")
+    fixes = tmp_path / "fixes.csv"
+    fixes.write_text("path,label\n" + "".join(f"{p.name},{p.stem[4:]}\n" for p in sorted(folder.iterdir())))
+    words = {"backbone": "mobilenet_v3_small", "weights": "random", "on_bad": "skip"}
+    plain = extract_features(folder, **words)
+    table = labelled_table(plain.open(), labels=fixes, val_fraction=0.2, split_seed=0)
+    relabelled = extract_features(folder, **words, labels=fixes).table()
+    np.testing.assert_array_equal(relabelled.split, table.split)
+    np.testing.assert_array_equal(relabelled.labels, table.labels)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transfercache.cache.store import Slots
+from transfercache.extract.loop import PendingImage
+from transfercache.extract.plan import NEW_SHARD, first_rows, plan_extraction
+from transfercache.images.manifest import Manifest, hash_files
+from transfercache.images.sources import read_source
+
+
+def _manifest(photos: Path) -> Manifest:
+    return hash_files(read_source(photos), known={}, scanned_ns=0)
+
+
+def _slots(manifest: Manifest, rows: list[int], *, shard: list[int], valid: list[bool]) -> Slots:
+    """Slots that hold the content of these rows, numbered within each shard."""
+    slot = [shard[:i].count(number) for i, number in enumerate(shard)]
+    return Slots(
+        digest=manifest.digests[rows],
+        view=np.zeros(len(rows), np.uint8),
+        shard=np.array(shard, np.int32),
+        slot=np.array(slot, np.int64),
+        valid=np.array(valid, bool),
+    )
+
+
+def test_plan__of_an_empty_cache__is_every_content_once(photos: Path) -> None:
+    (photos / "dog/9.png").write_bytes((photos / "cat/0.png").read_bytes())
+    manifest = _manifest(photos)
+    plan = plan_extraction(manifest, _slots(manifest, [], shard=[], valid=[]), unfinished=[])
+    assert plan.pending == {NEW_SHARD: [PendingImage(slot=i, row=i) for i in range(9)]}
+    np.testing.assert_array_equal(plan.new_digests, manifest.digests[:9])
+    assert (plan.n_wanted, plan.n_reused, plan.n_pending) == (9, 0, 9)
+
+
+def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> None:
+    manifest = _manifest(photos)
+    # Shard 0 is finished with rows 7 and 8 (8 failed its proof); shard 1 is not, and holds row 2 of 1, 2, 3.
+    slots = _slots(manifest, [7, 8, 1, 2, 3], shard=[0, 0, 1, 1, 1], valid=[True, False, False, True, False])
+    plan = plan_extraction(manifest, slots, unfinished=[1])
+    assert plan.pending == {
+        1: [PendingImage(slot=0, row=1), PendingImage(slot=2, row=3)],
+        NEW_SHARD: [PendingImage(slot=i, row=row) for i, row in enumerate([0, 4, 5, 6, 8, 9])],
+    }
+    np.testing.assert_array_equal(plan.new_digests, manifest.digests[[0, 4, 5, 6, 8, 9]])
+    assert (plan.n_wanted, plan.n_reused) == (10, 2)
+
+
+def test_plan__of_a_full_cache__is_nothing(photos: Path) -> None:
+    manifest = _manifest(photos)
+    slots = _slots(manifest, list(range(10)), shard=[0] * 10, valid=[True] * 10)
+    plan = plan_extraction(manifest, slots, unfinished=[])
+    assert (plan.pending, plan.n_pending, plan.n_reused) == ({}, 0, 10)
+    assert plan.new_digests.shape == (0, 32)
+
+
+def test_first_rows__leave_out_what_cannot_be_read(photos: Path, draw: Any) -> None:
+    (photos / "cat/1.png").unlink()
+    (photos / "cat/1.png").symlink_to("nowhere.png")
+    manifest = _manifest(photos)
+    assert list(first_rows(manifest).values()) == [0, 2, 3, 4, 5, 6, 7, 8, 9]

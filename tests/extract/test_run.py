@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from transfercache.cache.reader import open_cache
+from transfercache.cache.store import Store
+
+Draw = Callable[[Path, int], None]
+
+
+def test_extraction__serves_each_image_under_its_path(extractor: Any, photos: Path) -> None:
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused, outcome.bad) == (10, 0, {})
+    assert extractor.engine.batches == [4, 4, 2]
+    served = extractor.features()
+    assert list(served) == [f"cat/{i}.png" for i in range(5)] + [f"dog/{i}.png" for i in range(5, 10)]
+    for i, (path, features) in enumerate(served.items()):
+        mean = np.asarray(Image.open(photos / path)).mean(axis=(0, 1))
+        # Mean colour, position on the grid, length of the (padded) batch, one.
+        np.testing.assert_allclose(features, [*mean, i % 4, 4, 1], rtol=1e-6)
+    table = open_cache(extractor.folder).table()
+    assert table.labels.tolist() == [0] * 5 + [1] * 5
+    assert table.class_names == ("cat", "dog")
+    assert [np.sum(table.split[table.labels == label] == 2) for label in (0, 1)] == [1, 1]
+
+
+def test_extraction__again__computes_nothing_and_leaves_the_shard_alone(extractor: Any) -> None:
+    extractor.run()
+    shard = extractor.folder / "shard-00000.h5"
+    before = (shard.read_bytes(), shard.stat().st_mtime_ns)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 10)
+    assert extractor.engine.batches == []
+    assert (shard.read_bytes(), shard.stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("n_batches", [0, 1, 2])
+def test_resume__after_an_interruption__is_bit_identical(
+    extractor: Any, make_engine: Any, tmp_path: Path, n_batches: int
+) -> None:
+    undisturbed = type(extractor)(extractor.data, tmp_path / "undisturbed")
+    undisturbed.run()
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run(make_engine(fails_at=n_batches))
+    held = Store(extractor.folder).slots().valid
+    assert held.tolist() == [True] * (4 * n_batches) + [False] * (10 - 4 * n_batches)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (10 - 4 * n_batches, 4 * n_batches)
+    assert extractor.engine.batches == [4, 4, 2][n_batches:]
+    assert _bytes(extractor) == _bytes(undisturbed)
+    assert (extractor.folder / "shard-00000.h5").read_bytes() == (undisturbed.folder / "shard-00000.h5").read_bytes()
+
+
+def test_resume__with_rows_missing_within_batches__keeps_the_grid(extractor: Any, draw: Draw, tmp_path: Path) -> None:
+    undisturbed = type(extractor)(extractor.data, tmp_path / "undisturbed")
+    undisturbed.run()
+    # 1 and 6 could not be read in a first run, in the middle of their batches, and that run did not end either.
+    good = {name: (extractor.data / name).read_bytes() for name in ("cat/1.png", "dog/6.png")}
+
+    def damage() -> None:
+        for name in good:
+            (extractor.data / name).write_bytes(b"torn")
+
+    extractor.before_decoding = damage
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run(type(extractor.engine)(fails_at=2))
+    for name, data in good.items():
+        (extractor.data / name).write_bytes(data)
+    extractor.before_decoding = lambda: None
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (4, 6)
+    assert extractor.engine.batches == [1, 1, 2]
+    assert _bytes(extractor) == _bytes(undisturbed)
+
+
+def test_resume__after_the_data_changed__fills_what_is_still_wanted(
+    extractor: Any, make_engine: Any, draw: Draw
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run(make_engine(fails_at=1))
+    (extractor.data / "dog/9.png").unlink()
+    draw(extractor.data / "dog/new.png", 100)
+    outcome = extractor.run()
+    # 4 to 8 in their old slots, the new one in a shard of its own; 9 stays out.
+    assert (outcome.computed, outcome.reused) == (6, 4)
+    assert extractor.engine.batches == [4, 1, 1]
+    assert [entry.n_rows for entry in Store(extractor.folder).catalogue.shards] == [10, 1]
+    assert len(extractor.features()) == 10
+
+
+def test_equal_bytes__share_one_slot(extractor: Any, photos: Path) -> None:
+    shutil.copy(photos / "cat/0.png", photos / "cat/copy.png")
+    shutil.copy(photos / "cat/0.png", photos / "dog/copy.png")
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (10, 0)
+    served = extractor.features()
+    assert len(served) == 12
+    assert served["cat/copy.png"].tobytes() == served["dog/copy.png"].tobytes() == served["cat/0.png"].tobytes()
+    rows = open_cache(extractor.folder).rows
+    at = {path: i for i, path in enumerate(rows.path)}
+    assert len({int(rows.slot[at[name]]) for name in ("cat/0.png", "cat/copy.png", "dog/copy.png")}) == 1
+    # Nor does a split separate them.
+    assert len({int(rows.split[at[name]]) for name in ("cat/0.png", "cat/copy.png", "dog/copy.png")}) == 1
+
+
+def test_changed_file__alone_is_computed(extractor: Any, photos: Path, draw: Draw) -> None:
+    extractor.run()
+    before = extractor.features()
+    draw(photos / "cat/3.png", 77)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (1, 9)
+    after = extractor.features()
+    mean = np.asarray(Image.open(photos / "cat/3.png")).mean(axis=(0, 1))
+    np.testing.assert_allclose(after["cat/3.png"][:3], mean, rtol=1e-6)
+    assert {path for path in after if after[path].tobytes() != before[path].tobytes()} == {"cat/3.png"}
+
+
+def test_changed_file__of_the_same_size_and_time__is_noticed(extractor: Any, photos: Path, draw: Draw) -> None:
+    path = photos / "cat/3.png"
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(path.with_suffix(".bmp"))
+    path.unlink()
+    path = path.with_suffix(".bmp")
+    old = path.stat()
+    os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns - 10_000_000_000))
+    extractor.run()
+    stamp = path.stat().st_mtime_ns
+    Image.new("RGB", (8, 8), (30, 20, 10)).save(path)
+    os.utime(path, ns=(stamp, stamp))
+    # Size and mtime are as before; ctime is not.
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (1, 9)
+    np.testing.assert_allclose(extractor.features()["cat/3.bmp"][:3], [30, 20, 10])
+
+
+def test_added_file__alone_is_computed_in_a_new_shard(extractor: Any, photos: Path, draw: Draw) -> None:
+    extractor.run()
+    before = extractor.features()
+    draw(photos / "cat/00.png", 50)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (1, 10)
+    after = extractor.features()
+    assert list(after)[:3] == ["cat/0.png", "cat/00.png", "cat/1.png"]
+    assert all(after[path].tobytes() == before[path].tobytes() for path in before)
+    assert [entry.n_rows for entry in Store(extractor.folder).catalogue.shards] == [10, 1]
+
+
+def test_removed_file__leaves_the_table_and_comes_back_for_nothing(extractor: Any, photos: Path, draw: Draw) -> None:
+    extractor.run()
+    (photos / "dog/7.png").unlink()
+    assert (extractor.run().computed, len(extractor.features())) == (0, 9)
+    draw(photos / "dog/7.png", 7)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 10)
+
+
+def test_moved_class__relabels_without_computing(extractor: Any, photos: Path) -> None:
+    extractor.run()
+    (photos / "cat/0.png").rename(photos / "dog/0.png")
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 10)
+    table = open_cache(extractor.folder).table()
+    assert table.labels[table.paths.index("dog/0.png")] == 1
+
+
+def test_bad_images__are_listed_and_tried_again(extractor: Any, photos: Path, draw: Draw) -> None:
+    (photos / "cat/2.png").write_text("just words")
+    (photos / "dog/6.png").unlink()
+    (photos / "dog/6.png").symlink_to(photos / "nowhere.png")
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (8, 0)
+    assert outcome.bad == {
+        2: "not an image (it starts like text)",
+        6: "cannot be read (No such file or directory)",
+    }
+    cache = open_cache(extractor.folder)
+    assert (cache.n_rows, cache.n_bad, len(cache.table())) == (10, 2, 8)
+    assert extractor.run().bad == outcome.bad
+    draw(photos / "cat/2.png", 2)
+    again = extractor.run()
+    assert (again.computed, again.reused, set(again.bad)) == (1, 8, {6})
+    np.testing.assert_allclose(extractor.features()["cat/2.png"][3:], [0, 4, 1])
+
+
+def test_copies_of_a_bad_image__are_each_listed(extractor: Any, photos: Path) -> None:
+    for name in ("cat/2.png", "dog/6.png"):
+        (photos / name).write_text("the same words")
+    outcome = extractor.run()
+    assert outcome.bad == dict.fromkeys((2, 6), "not an image (it starts like text)")
+
+
+def test_no_readable_image__is_published_without_a_shard(extractor: Any, photos: Path) -> None:
+    for path in photos.glob("*/*.png"):
+        path.write_bytes(b"")
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 0)
+    assert outcome.bad == dict.fromkeys(range(10), "empty file")
+    assert list(extractor.folder.glob("shard*")) == []
+    assert open_cache(extractor.folder).n_bad == 10
+
+
+def test_file_that_changes_between_hashing_and_decoding__is_bad(extractor: Any, photos: Path, draw: Draw) -> None:
+    extractor.before_decoding = lambda: draw(photos / "cat/1.png", 99)
+    outcome = extractor.run()
+    assert outcome.bad == {1: "it changed while it was being read; run the same command again"}
+    assert (outcome.computed, outcome.reused) == (9, 0)
+    extractor.before_decoding = lambda: None
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused, outcome.bad) == (1, 9, {})
+    mean = np.asarray(Image.open(photos / "cat/1.png")).mean(axis=(0, 1))
+    np.testing.assert_allclose(extractor.features()["cat/1.png"][:3], mean, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embedding_that_is_not_finite__is_bad(extractor: Any, make_engine: Any, value: float) -> None:
+    engine = make_engine()
+    embed = engine.embed
+
+    def spoilt(pixels: np.ndarray) -> np.ndarray:
+        features = embed(pixels)
+        if len(engine.batches) == 2:
+            features[1, 0] = value
+        return features
+
+    engine.embed = spoilt
+    outcome = extractor.run(engine)
+    assert outcome.bad == {5: "its embedding is not finite (NaN or infinity); are the weights damaged?"}
+    assert (outcome.computed, outcome.reused) == (9, 0)
+    assert len(extractor.features()) == 9
+
+
+def test_flipped_bit_in_an_unfinished_shard__is_computed_again(extractor: Any, make_engine: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run(make_engine(fails_at=2))
+    entry = Store(extractor.folder).catalogue.shards[0]
+    with open(extractor.folder / entry.file, "r+b") as file:
+        file.seek(entry.features.offset + 3 * 6 * 4)  # the first value of slot 3
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (3, 7)
+    assert extractor.engine.batches == [1, 2]
+
+
+def _bytes(extractor: Any) -> dict[str, bytes]:
+    return {path: features.tobytes() for path, features in extractor.features().items()}

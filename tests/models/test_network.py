@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.registry import Backbone
+from transfercache.errors import ModelError, WeightsError
+from transfercache.models.head_file import Model
+from transfercache.models.network import load_engine
+
+PATH = Path("model.safetensors")
+CPU = torch.device("cpu")
+
+
+def test_engine__of_a_head__is_its_backbone(model: Model, backbone: Backbone) -> None:
+    pixels = canary_pixels(224)[:2]
+    expected = EagerEngine(backbone, CPU).embed(pixels)
+    np.testing.assert_array_equal(load_engine(model, PATH, weights=None, device=CPU).embed(pixels), expected)
+
+
+def test_engine__of_weights_that_have_moved__takes_the_new_place(
+    model: Model, weights_file: Path, tmp_path: Path
+) -> None:
+    source = {**model.weights_source, "where": str(tmp_path / "gone.pth")}
+    moved = replace(model, weights_source=source)
+    with pytest.raises(WeightsError, match=r"gone\.pth: no such file"):
+        load_engine(moved, PATH, weights=None, device=CPU)
+    new = tmp_path / "new.pth"
+    shutil.copy(weights_file, new)
+    load_engine(moved, PATH, weights=str(new), device=CPU)
+
+
+def test_engine__of_other_weights__is_refused_by_digest(model: Model) -> None:
+    with pytest.raises(WeightsError, match=f"not the expected {model.head.spec.weights_digest}"):
+        load_engine(replace(model, weights_source={"kind": "random"}), PATH, weights=None, device=CPU)
+    with pytest.raises(WeightsError, match="these weights of mobilenet_v3_small have the digest"):
+        load_engine(model, PATH, weights="random", device=CPU)
+
+
+def test_engine__with_other_canary_logits__is_refused(model: Model) -> None:
+    other = replace(model, canary_logits=model.canary_logits + np.float32(1))
+    with pytest.raises(ModelError, match=r"model\.safetensors: on its own test images"):
+        load_engine(other, PATH, weights=None, device=CPU)
+
+
+def test_engine__of_a_fine_tuned_model__has_its_own_weights(finetuned: Model) -> None:
+    # Where the original weights are no longer matters.
+    alone = replace(finetuned, weights_source={"kind": "file", "where": "gone.pth"})
+    engine = load_engine(alone, PATH, weights=None, device=CPU)
+    np.testing.assert_allclose(
+        finetuned.head.logits(engine.embed(canary_pixels(224))), finetuned.canary_logits, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
+def test_engine__of_a_fine_tuned_model_of_another_architecture__is_refused(finetuned: Model, change: str) -> None:
+    tensors = dict(finetuned.backbone_tensors)
+    name = next(iter(tensors))
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        tensors["more.weight"] = np.zeros(3, np.float32)
+    else:
+        tensors[name] = tensors[name][:1]
+    with pytest.raises(ModelError, match=r"model\.safetensors: its backbone is not a mobilenet_v3_small \("):
+        load_engine(replace(finetuned, backbone_tensors=tensors), PATH, weights=None, device=CPU)
+
+
+def test_engine__of_a_fine_tuned_model_with_a_nan__is_refused(finetuned: Model) -> None:
+    tensors = {name: tensor.copy() for name, tensor in finetuned.backbone_tensors.items()}
+    next(iter(tensors.values())).flat[0] = np.nan
+    with pytest.raises(ModelError, match="logits differ"):
+        load_engine(replace(finetuned, backbone_tensors=tensors), PATH, weights=None, device=CPU)
