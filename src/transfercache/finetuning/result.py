@@ -1,0 +1,47 @@
+"""What a fine-tuning run leaves: the network, its curve, and its probabilities on the reported rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from transfercache.finetuning.groups import ParameterGroup
+from transfercache.heads.linear_head import LinearHead
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One epoch, counted from 1; the training figures are those of the augmented images as they were trained on."""
+
+    epoch: int
+    lr: Mapping[str, float]  # group name -> rate at the epoch's first step
+    train_loss: float
+    train_accuracy: float
+    seconds: float  # training alone; selection is not in it
+    images_per_second: float
+    selection_loss: float | None = None  # held-out log loss; None without --select
+    selection_accuracy: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class FinetuneResult:
+    """`probabilities` belong to `reported_rows`; the reported split was read once, after `chosen_epoch` was."""
+
+    network: nn.Module  # eval mode, fp32, on the CPU
+    head: LinearHead  # the network's final linear layer
+    backbone_tensors: Mapping[str, npt.NDArray[Any]]  # the state_dict without the head; shares the network's memory
+    groups: tuple[ParameterGroup, ...]
+    epochs: tuple[EpochRecord, ...]
+    chosen_epoch: int
+    n_train: int  # images in the last epoch: bad and held-out ones are not among them
+    reported_rows: npt.NDArray[np.int64]  # int64 [M], manifest rows in order
+    probabilities: npt.NDArray[np.float64]  # float64 [M, C]
+    bad: tuple[tuple[str, str], ...]  # (path, reason) in the manifest's order
+    passes: int  # images through the network, forward: training, selection and evaluation
+    seconds: Mapping[str, float]  # decode (summed over threads), step, evaluate (selection included), total
+    canary_logits: npt.NDArray[np.float32]  # float32 [4, C]

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transfercache.finetuning.batches import Batch, ImageReader, group_images
+from transfercache.finetuning.options import FinetuneOptions
+from transfercache.images.decode import load_image
+from transfercache.images.transforms import eval_pixels
+from transfercache.stopwatch import Stopwatch
+
+from .conftest import PIXELS, MakePhotos, read
+
+
+def _reader(folder: Path, **options: int) -> ImageReader:
+    return ImageReader(read(folder), PIXELS, FinetuneOptions(**options), Stopwatch())
+
+
+def _pixels(batches: list[Batch]) -> dict[int, bytes]:
+    return {row: image.tobytes() for batch in batches for row, image in zip(batch.rows, batch.pixels, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("n_images", "batch_size", "sizes"),
+    [(8, 4, [4, 4]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (5, 4, [5]), (1, 4, [1]), (0, 4, []), (3, 1, [1, 1, 1])],
+)
+def test_group_images__one_left_over_joins_the_batch_before(n_images: int, batch_size: int, sizes: list[int]) -> None:
+    images = [(row, np.full((2, 2, 3), row, dtype=np.uint8)) for row in range(n_images)]
+    batches = list(group_images(images, batch_size))
+    assert [len(batch.rows) for batch in batches] == sizes
+    rows = [row for batch in batches for row in batch.rows.tolist()]
+    assert rows == list(range(n_images))
+    assert [int(image[0, 0, 0]) for batch in batches for image in batch.pixels] == rows
+
+
+def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_photos: MakePhotos) -> None:
+    folder = make_photos(train=6)
+    rows = np.arange(12)
+    runs = {
+        name: list(_reader(folder, batch_size=5, **options).training_batches(rows, epoch))
+        for name, options, epoch in [
+            ("one thread", {"workers": 1}, 1),
+            ("four threads", {"workers": 4}, 1),
+            ("next epoch", {}, 2),
+            ("other seed", {"seed": 1}, 1),
+        ]
+    }
+    orders = {name: np.concatenate([batch.rows for batch in run]).tolist() for name, run in runs.items()}
+    assert sorted(orders["one thread"]) == rows.tolist()
+    assert orders["one thread"] == orders["four threads"]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    pixels = {name: _pixels(run) for name, run in runs.items()}
+    assert pixels["one thread"] == pixels["four threads"]
+    assert all(pixels["one thread"][row] != pixels["next epoch"][row] for row in rows.tolist())
+    assert all(pixels["one thread"][row] != pixels["other seed"][row] for row in rows.tolist())
+
+
+def test_eval_batches__are_the_eval_transform_in_order(make_photos: MakePhotos) -> None:
+    reader = _reader(make_photos(train=3), batch_size=4)
+    rows = np.array([4, 1, 0])
+    (batch,) = reader.eval_batches(rows)
+    assert batch.rows.tolist() == [4, 1, 0]
+    for row, pixels in zip(rows.tolist(), batch.pixels, strict=True):
+        expected = eval_pixels(load_image(reader.manifest.path_of(row), ""), PIXELS)
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_training_batches__bad_images_are_noted_once_and_left_out(make_photos: MakePhotos) -> None:
+    folder = make_photos(train=4)
+    (folder / "train" / "green" / "1.png").write_text("<html>404</html>")
+    (folder / "train" / "red" / "0.png").write_bytes(b"")
+    reader = _reader(folder, batch_size=2)
+    batches = list(reader.training_batches(np.arange(8), 1))
+    assert [len(batch.rows) for batch in batches] == [2, 2, 2]
+    assert reader.bad == {1: "not an image (it starts like HTML)", 4: "empty file"}
+    assert reader.readable(np.arange(8)).tolist() == [0, 2, 3, 5, 6, 7]
+
+
+def test_readable__rows_that_the_manifest_knows_to_be_unreadable_are_never_opened(make_photos: MakePhotos) -> None:
+    manifest = replace(read(make_photos(train=2)), unreadable={3: "cannot be read (Permission denied)"})
+    reader = ImageReader(manifest, PIXELS, FinetuneOptions(), Stopwatch())
+    assert reader.bad == {3: "cannot be read (Permission denied)"}
+    assert [batch.rows.tolist() for batch in reader.eval_batches(np.arange(4))] == [[0, 1, 2]]
+
+
+def test_training_batches__closed_early_leaves_no_thread(make_photos: MakePhotos) -> None:
+    batches = _reader(make_photos(train=8), batch_size=2, workers=3).training_batches(np.arange(16), 1)
+    next(batches)
+    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
