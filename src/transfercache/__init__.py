@@ -1,0 +1,61 @@
+"""Transfer learning with the frozen part computed once: embeddings cached, heads in seconds, fine-tuning beside.
+
+The functions here are the commands of `tlc`, with the same names and defaults.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transfercache.version import __version__
+
+if TYPE_CHECKING:
+    from transfercache.cache.reader import open_cache
+    from transfercache.commands.compare import compare
+    from transfercache.commands.demo import demo
+    from transfercache.commands.extract import extract_features
+    from transfercache.commands.finetune import finetune
+    from transfercache.commands.predict import load, predict
+    from transfercache.commands.train import train_head
+    from transfercache.errors import TlcError
+
+__all__ = [
+    "TlcError",
+    "__version__",
+    "compare",
+    "demo",
+    "extract_features",
+    "finetune",
+    "load",
+    "open_cache",
+    "predict",
+    "train_head",
+]
+
+# Loaded when first used: `import transfercache` takes milliseconds, and a cached head never loads torch.
+_HOMES = {
+    "TlcError": "errors",
+    "compare": "commands.compare",
+    "demo": "commands.demo",
+    "extract_features": "commands.extract",
+    "finetune": "commands.finetune",
+    "load": "commands.predict",
+    "open_cache": "cache.reader",
+    "predict": "commands.predict",
+    "train_head": "commands.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'transfercache' has no attribute {name!r}")
+    # `finetune` and `compare` are folders too, and importing one of those binds it here under its own name; so the
+    # function is bound, over the folder, as soon as its home has been imported.
+    value = getattr(import_module(f"transfercache.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,275 @@
+"""One function a command: text -> one call of commands/ -> printed result. Commands are imported inside, lazily."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transfercache import config
+from transfercache.cli import options
+from transfercache.cli.output import finish, show_epoch
+
+
+def extract_features(
+    data: options.Data,
+    backbone: options.Backbone = config.BACKBONE,
+    weights: options.Weights = config.WEIGHTS,
+    compute: options.Compute = config.COMPUTE,
+    device: options.Device = config.DEVICE,
+    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    workers: options.Workers = None,
+    cache_dir: options.CacheDir = None,
+    labels: options.Labels = None,
+    val_fraction: options.ValFraction = config.VAL_FRACTION,
+    split_seed: options.SplitSeed = config.SPLIT_SEED,
+    on_bad: options.OnBad = config.ON_BAD,
+    json: options.Json = False,
+) -> int:
+    """Run the frozen backbone once over DATA; its embeddings land in a cache. Finished rows are never recomputed."""
+    from transfercache.commands.extract import extract_features as command
+
+    result = command(
+        data,
+        backbone=backbone,
+        weights=weights,
+        compute=compute,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        cache_dir=cache_dir,
+        labels=labels,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        on_bad=on_bad,
+    )
+    return finish(result, as_json=json, on_bad=on_bad)
+
+
+def train_head(
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE|DATA", help="A cache folder, or the DATA of one.", show_default=False)
+    ],
+    solver: Annotated[str, typer.Option(help="logistic, linear, or knn (which only evaluates).")] = config.SOLVER,
+    C: Annotated[str, typer.Option("--C", metavar="auto|FLOAT", help="Inverse regularisation of logistic.")] = config.C,
+    class_weight: Annotated[config.ClassWeight, typer.Option(help="Weight of a row's class.")] = config.CLASS_WEIGHT,
+    optimizer: Annotated[config.Optimizer, typer.Option(help="Of the linear solver.")] = config.OPTIMIZER,
+    backbone: options.Backbone = config.BACKBONE,
+    weights: options.Weights = config.WEIGHTS,
+    cache_dir: options.CacheDir = None,
+    labels: options.Labels = None,
+    val_fraction: options.ValFraction = config.VAL_FRACTION,
+    split_seed: options.SplitSeed = config.SPLIT_SEED,
+    seed: options.Seed = config.SEED,
+    out: options.Out = None,
+    json: options.Json = False,
+) -> int:
+    """Train a linear head on a cache in seconds; report it once on test, else val."""
+    from transfercache.commands.train import train_head as command
+
+    result = command(
+        cache,
+        solver=solver,
+        C=C,
+        class_weight=class_weight,
+        optimizer=optimizer,
+        backbone=backbone,
+        weights=weights,
+        cache_dir=cache_dir,
+        labels=labels,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        seed=seed,
+        out=out,
+    )
+    return finish(result, as_json=json)
+
+
+def finetune(
+    data: options.Data,
+    backbone: options.Backbone = config.BACKBONE,
+    weights: options.Weights = config.WEIGHTS,
+    device: options.Device = config.DEVICE,
+    unfreeze: Annotated[
+        str, typer.Option(metavar="all|none|STAGES", help="What is trained beside the head.")
+    ] = config.UNFREEZE,
+    lr_backbone: Annotated[
+        float | None, typer.Option(help="[default: 1e-4 for batches of 4, scaled]", show_default=False)
+    ] = None,
+    lr_head: Annotated[
+        float | None, typer.Option(help="[default: 1e-3 for batches of 4, scaled]", show_default=False)
+    ] = None,
+    schedule: Annotated[config.Schedule, typer.Option(help="Of the learning rates.")] = config.SCHEDULE,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = config.EPOCHS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = config.FINETUNE_BATCH_SIZE,
+    batch_norm: Annotated[
+        config.BatchNorm, typer.Option(help="frozen: all in eval mode; train: those of unfrozen stages train.")
+    ] = config.BATCH_NORM,
+    select: Annotated[
+        str, typer.Option(metavar="none|FRACTION", help="Hold out training rows to choose the epoch on.")
+    ] = config.SELECT,
+    workers: options.Workers = None,
+    labels: options.Labels = None,
+    val_fraction: options.ValFraction = config.VAL_FRACTION,
+    split_seed: options.SplitSeed = config.SPLIT_SEED,
+    on_bad: options.OnBad = config.ON_BAD,
+    seed: options.Seed = config.SEED,
+    out: options.Out = None,
+    json: options.Json = False,
+) -> int:
+    """Train the backbone itself on the images, with augmentation and a learning rate per parameter group."""
+    from transfercache.commands.finetune import finetune as command
+
+    result = command(
+        data,
+        backbone=backbone,
+        weights=weights,
+        device=device,
+        unfreeze=unfreeze,
+        lr_backbone=lr_backbone,
+        lr_head=lr_head,
+        schedule=schedule,
+        epochs=epochs,
+        batch_size=batch_size,
+        batch_norm=batch_norm,
+        select=select,
+        workers=workers,
+        labels=labels,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        on_bad=on_bad,
+        seed=seed,
+        out=out,
+        on_epoch=show_epoch,
+    )
+    return finish(result, as_json=json, on_bad=on_bad)
+
+
+def compare(
+    data: options.Data,
+    strategies: Annotated[
+        str,
+        typer.Option(
+            help="Of knn, logistic, linear, finetune, scratch, pixels-knn, tutorial-frozen, tutorial-finetune."
+        ),
+    ] = config.STRATEGIES,
+    backbone: options.Backbones = [config.BACKBONE],  # noqa: B006 - typer hands out copies
+    weights: options.Weights = config.WEIGHTS,
+    compute: options.Compute = config.COMPUTE,
+    device: options.Device = config.DEVICE,
+    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    workers: options.Workers = None,
+    cache_dir: options.CacheDir = None,
+    labels: options.Labels = None,
+    val_fraction: options.ValFraction = config.VAL_FRACTION,
+    split_seed: options.SplitSeed = config.SPLIT_SEED,
+    on_bad: options.OnBad = config.ON_BAD,
+    seed: options.Seed = config.SEED,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each strategy, from --seed on.")] = config.SEEDS,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Of finetune and scratch; the tutorial has its own.")
+    ] = config.EPOCHS,
+    max_minutes: Annotated[
+        float | None, typer.Option(min=0.0, help="Leave out, by name, what would take longer.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH.json", help="Write the JSON document there as well.", show_default=False),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what an earlier run has kept.")] = False,
+    json: options.Json = False,
+) -> int:
+    """Compare strategies on the same rows: accuracy with its interval, and what each costs. Goes on where it was."""
+    from transfercache.cli.live import LiveComparison
+    from transfercache.commands.compare import compare as command
+
+    with LiveComparison() as live:
+        result = command(
+            data,
+            strategies=strategies,
+            backbone=backbone,
+            weights=weights,
+            compute=compute,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            cache_dir=cache_dir,
+            labels=labels,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            on_bad=on_bad,
+            seed=seed,
+            seeds=seeds,
+            epochs=epochs,
+            max_minutes=max_minutes,
+            results=results,
+            fresh=fresh,
+            on_result=live.on_result,
+            on_estimate=live.on_estimate,
+        )
+    return finish(result, as_json=json, on_bad=on_bad)
+
+
+def predict(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="What train-head or finetune wrote.", show_default=False)
+    ],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="PATH...|DATA|CACHE", help="Images, folders, DATA or a cache.", show_default=False),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The backbone's weights, where they have moved.", show_default=False),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to list an image.")] = config.TOP,
+    device: options.Device = config.DEVICE,
+    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    workers: options.Workers = None,
+    cache_dir: options.CacheDir = None,
+    on_bad: options.OnBad = config.ON_BAD,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.csv|.jsonl", help="Stream the predictions there.", show_default=False)
+    ] = None,
+    json: options.Json = False,
+) -> int:
+    """Label images with a MODEL; on a cache, or where one has the rows, no image is read."""
+    from transfercache.commands.predict import predict as command
+
+    result = command(
+        model,
+        inputs,
+        weights=weights,
+        top=top,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        cache_dir=cache_dir,
+        on_bad=on_bad,
+        out=out,
+    )
+    return finish(result, as_json=json, on_bad=on_bad)
+
+
+def demo(
+    device: options.Device = config.DEVICE,
+    cache_dir: options.CacheDir = None,
+    seed: options.Seed = config.SEED,
+    json: options.Json = False,
+) -> int:
+    """Compare strategies on the ants and bees of the tutorial, or, without a network, on handwritten digits."""
+    from transfercache.cli.live import LiveComparison
+    from transfercache.commands.demo import demo as command
+
+    with LiveComparison() as live:
+        result = command(
+            device=device, cache_dir=cache_dir, seed=seed, on_result=live.on_result, on_estimate=live.on_estimate
+        )
+    return finish(result, as_json=json)
+
+
+def register(app: typer.Typer) -> None:
+    """Add every command to `app`, in the order in which a newcomer meets them."""
+    for handler in (demo, extract_features, train_head, finetune, compare, predict):
+        app.command()(handler)

@@ -1,0 +1,70 @@
+"""The options that several commands share, each described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from transfercache import config
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="A folder (train/ and val/ of class folders, class folders, or flat), a .csv, 'hymenoptera' or 'digits'.",
+        show_default=False,
+    ),
+]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="A classification model of torchvision, efficientnet_lite0, or timm:NAME.", rich_help_panel="Backbone"
+    ),
+]
+Backbones = Annotated[
+    list[str],
+    typer.Option(help="As of extract-features; may be given several times.", rich_help_panel="Backbone"),
+]
+Weights = Annotated[
+    str,
+    typer.Option(metavar="DEFAULT|PATH|random", help="Where the weights come from.", rich_help_panel="Backbone"),
+]
+Compute = Annotated[config.Compute, typer.Option(help="Precision; auto is fp32.", rich_help_panel="Machine")]
+Device = Annotated[config.Device, typer.Option(help="auto: a GPU where there is one.", rich_help_panel="Machine")]
+ExtractBatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.", rich_help_panel="Machine")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Decoding threads; one a core by default.", show_default=False, rich_help_panel="Machine"),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        envvar=config.CACHE_DIR_VARIABLE,
+        help=f"Where caches live.  [default: {config.CACHE_DIR}]",
+        show_default=False,
+        rich_help_panel="Machine",
+    ),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FIXES.csv", help="path,label: replaces labels, by path.", show_default=False, rich_help_panel="Data"
+    ),
+]
+ValFraction = Annotated[
+    float,
+    typer.Option(min=0.0, max=0.9, help="Held out per class where DATA gives no split.", rich_help_panel="Data"),
+]
+SplitSeed = Annotated[int, typer.Option(help="The only thing that moves that split.", rich_help_panel="Data")]
+OnBad = Annotated[
+    config.OnBad,
+    typer.Option(help="Unreadable images: fail ends with 3 after all others are done.", rich_help_panel="Data"),
+]
+Seed = Annotated[int, typer.Option(help="Seeds folds, order and augmentation.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help=f"Where the MODEL is written.  [default: under {config.MODELS_DIR}]", show_default=False),
+]

@@ -1,0 +1,71 @@
+"""Printing a result: one JSON document, or text for people; then, on stderr, what is bad and what comes next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transfercache.errors import DataError
+from transfercache.text import one_line
+
+if TYPE_CHECKING:  # `tlc --help` loads neither rich's tables nor numpy
+    from rich.console import RenderableType
+
+    from transfercache.commands.inputs import BadImage
+    from transfercache.finetuning.result import EpochRecord
+
+# More than a screen of bad files hides the figure; --json lists them all.
+_BAD_SHOWN = 10
+
+
+class Result(Protocol):
+    """What a command returns."""
+
+    @property
+    def bad(self) -> Sequence[BadImage]:
+        """Images that could not be used."""
+        ...
+
+    @property
+    def next_command(self) -> Sequence[str]:
+        """The words of the command a person would run next."""
+        ...
+
+    def to_json(self) -> Any:
+        """The JSON document of this result."""
+        ...
+
+    def render(self) -> RenderableType:
+        """The same for a terminal."""
+        ...
+
+
+def finish(result: Result, *, as_json: bool, on_bad: str = "fail") -> int:
+    """Print `result`; returns the exit code: 3 where images are bad and `on_bad` is fail, else 0."""
+    if as_json:
+        print(json.dumps(result.to_json(), allow_nan=False))
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=True).print(result.render())
+    for item in result.bad[:_BAD_SHOWN]:
+        print(f"tlc: {one_line(item.path)}: {one_line(item.reason)}", file=sys.stderr)
+    if len(result.bad) > _BAD_SHOWN:
+        print(f"tlc: and {len(result.bad) - _BAD_SHOWN} more unreadable images; --json lists all", file=sys.stderr)
+    print(f"next: {one_line(shlex.join(result.next_command))}", file=sys.stderr)
+    return DataError.exit_code if result.bad and on_bad == "fail" else 0
+
+
+def show_epoch(epoch: EpochRecord) -> None:
+    """Print one line about a finished epoch on stderr."""
+    held_out = ""
+    if epoch.selection_loss is not None:
+        held_out = f", held out: loss {epoch.selection_loss:.4f}, accuracy {epoch.selection_accuracy:.3f}"
+    print(
+        f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}, training accuracy {epoch.train_accuracy:.3f}{held_out}, "
+        f"{epoch.seconds:.1f} s ({epoch.images_per_second:.1f} images/s)",
+        file=sys.stderr,
+    )

@@ -1,0 +1,242 @@
+"""`tlc compare`: several strategies on the same rows, with what each costs."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transfercache import config
+from transfercache.backbones.devices import device_name, pick_device
+from transfercache.backbones.registry import RANDOM, load_backbone
+from transfercache.cache.store import find
+from transfercache.commands.extract import Extraction, extract_manifest, extract_spec
+from transfercache.commands.inputs import BadImage, bad_images, cache_root, finish_manifest, known_files, log_bad
+from transfercache.comparison.rows import ComparedRows, find_unreadable, select_rows
+from transfercache.comparison.schedule import Job, OnEstimate, plan_jobs, run_jobs
+from transfercache.comparison.strategies import pick_strategies
+from transfercache.comparison.strategy import Setting, Source
+from transfercache.comparison.summary import Entry, LeftOut, Summary
+from transfercache.environment import describe_environment
+from transfercache.errors import UsageError
+from transfercache.files import resource_errors, write_atomic
+from transfercache.images.manifest import Manifest, check_trainable
+from transfercache.images.sources import read_source
+from transfercache.report.comparison import html_table, result_line, terminal_table
+from transfercache.spec import ExtractSpec
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FOLDER = "results"
+#: What a comparison can recommend, and the command that does it on the whole of the data.
+_HEADS = ("logistic", "linear")
+_FINETUNE = "finetune"
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The strategies that are done, side by side; a table in a notebook."""
+
+    summary: Summary
+    bad: tuple[BadImage, ...]
+    data: str
+    weights: str
+    caches: dict[str, Path]  # backbone -> cache folder, where it was extracted
+
+    @property
+    def next_command(self) -> tuple[str, ...]:
+        """Train the most accurate of what leaves a model (ties: the cheapest), on the same data."""
+        models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _FINETUNE)]
+        if not models:
+            return ("tlc", "compare", self.data)
+        best = max(models, key=lambda entry: entry.accuracy).first
+        backbone = str(best.backbone)
+        if best.strategy in _HEADS:
+            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", best.strategy)
+        return ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
+
+    def with_note(self, note: str) -> Comparison:
+        """Return the same with `note` in the table's title."""
+        return replace(self, summary=replace(self.summary, note=note))
+
+    @property
+    def latest_line(self) -> str:
+        """The strategy that was finished last, on one line."""
+        return result_line(self.summary.entries[-1])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document of `tlc compare`."""
+        return {**self.summary.to_json(), "bad": [item.to_json() for item in self.bad]}
+
+    def render(self) -> RenderableType:
+        """Return the table for a terminal."""
+        return terminal_table(self.summary)
+
+    def _repr_html_(self) -> str:
+        return html_table(self.summary)
+
+
+def compare(
+    data: str | Path,
+    *,
+    strategies: str = config.STRATEGIES,
+    backbone: str | Sequence[str] = config.BACKBONE,
+    weights: str = config.WEIGHTS,
+    compute: config.Compute = config.COMPUTE,
+    device: config.Device = config.DEVICE,
+    batch_size: int = config.EXTRACT_BATCH_SIZE,
+    workers: int | None = None,
+    cache_dir: Path | str | None = None,
+    labels: Path | str | None = None,
+    val_fraction: float = config.VAL_FRACTION,
+    split_seed: int = config.SPLIT_SEED,
+    on_bad: config.OnBad = config.ON_BAD,
+    seed: int = config.SEED,
+    seeds: int = config.SEEDS,
+    epochs: int = config.EPOCHS,
+    max_minutes: float | None = None,
+    results: Path | str | None = None,
+    fresh: bool = False,
+    on_result: Callable[[Comparison], None] | None = None,
+    on_estimate: OnEstimate = lambda label, seconds: None,
+) -> Comparison:
+    """Run strategies on the same good rows of DATA: all training rows for each, the reported ones read once.
+
+    `strategies` are names joined by commas, `backbone` one name or several. Each strategy's result is kept under the
+    cache folder's root as soon as it is there, and found again by a later call unless `fresh`; an interrupted call so
+    goes on where it was. `on_result` is given the comparison so far after each strategy, and `results` is a JSON file
+    that is replaced as often; `on_estimate` a strategy's label and the seconds it will still take, where it trains a
+    network. What is estimated not to be over within `max_minutes` is left out and named; the extraction is not.
+
+    Raises DataError, UsageError (unknown strategy or backbone), WeightsError, CacheError, ResourceError.
+    """
+    start = time.perf_counter()
+    chosen = pick_strategies(strategies)
+    names = (backbone,) if isinstance(backbone, str) else tuple(dict.fromkeys(backbone))
+    _check_counts(seeds=seeds, epochs=epochs, backbones=len(names))
+    target, root = pick_device(device), cache_root(cache_dir)
+    load = functools.cache(functools.partial(load_backbone, weights=weights))
+    finish = functools.partial(finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed)
+    extract = functools.partial(
+        extract_manifest, cache_dir=root, compute=compute, device=device, batch_size=batch_size, workers=workers
+    )
+    sources = {strategy.source for strategy in chosen}
+    # Before anything is read: what cannot be loaded fails now.
+    loaded = [load(name) for name in names] if sources & {Source.EMBEDDINGS, Source.BACKBONE} else []
+    manifest = _read(data, [extract_spec(item, compute) for item in loaded], root=root, finish=finish)
+    extractions = {item.name: extract(manifest, item) for item in loaded} if Source.EMBEDDINGS in sources else {}
+    reasons = _bad_rows(manifest, extractions, workers=workers)
+    log_bad(bad_images(manifest, reasons), manifest.n_rows, on_bad=on_bad)
+    rows, warnings = _rows_to_compare(manifest, reasons)
+    settings = [
+        Setting(
+            rows=rows,
+            backbone_name=name,
+            backbone=functools.partial(load, name),
+            random_backbone=functools.partial(load_backbone, name, weights=RANDOM),
+            spec=functools.partial(extract_spec, compute=compute),
+            embeddings=functools.partial(extractions.__getitem__, name),
+            device=target,
+            workers=workers,
+            epochs=epochs,
+        )
+        for name in names
+    ]
+    jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
+    done: list[Entry | LeftOut] = []
+
+    def comparison() -> Comparison:
+        return Comparison(
+            summary=_summarise(manifest.name, rows, jobs, done, warnings=warnings, device=device_name(target)),
+            bad=bad_images(manifest, reasons),
+            data=str(data),
+            weights=weights,
+            caches={name: extraction.cache for name, extraction in extractions.items()},
+        )
+
+    deadline = math.inf if max_minutes is None else start + 60 * max_minutes
+    for item in run_jobs(jobs, deadline=deadline, on_estimate=on_estimate):
+        done.append(item)
+        if results is not None:
+            _write(comparison(), Path(results))
+        if on_result is not None and isinstance(item, Entry):
+            on_result(comparison())
+    return comparison()
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise UsageError(f"{name} must be at least 1, not {count}")
+
+
+def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish: Callable[..., Manifest]) -> Manifest:
+    """Scan DATA, and hash the files that no cache of it vouches for."""
+    scanned_ns = time.time_ns()
+    manifest = read_source(data)
+    caches = [find(root, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs]
+    known = {path: file for cache in caches for path, file in known_files(cache).items()}
+    return finish(manifest, known=known, scanned_ns=scanned_ns)
+
+
+def _bad_rows(manifest: Manifest, extractions: Mapping[str, Extraction], *, workers: int | None) -> dict[int, str]:
+    """Return {row: reason} of the images that some backbone cannot have; without extraction all are decoded for it."""
+    if not extractions:
+        return find_unreadable(manifest, workers=workers)
+    reasons = {item.path: item.reason for extraction in extractions.values() for item in extraction.bad}
+    return {row: reasons[path] for row, path in enumerate(manifest.paths) if path in reasons}
+
+
+def _rows_to_compare(manifest: Manifest, reasons: Mapping[int, str]) -> tuple[ComparedRows, tuple[str, ...]]:
+    """Return the rows, and warnings that name the classes and groups to beware of; these are logged too."""
+    is_good = np.ones(manifest.n_rows, dtype=np.bool_)
+    is_good[list(reasons)] = False
+    warnings = check_trainable(manifest.subset(is_good))
+    rows = select_rows(manifest, is_good=is_good)
+    if rows.n_straddling:
+        warnings.append(f"{rows.n_straddling} groups or sets of equal images lie on both sides of the given split")
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return rows, tuple(warnings)
+
+
+def _summarise(
+    data: str,
+    rows: ComparedRows,
+    jobs: Sequence[Job],
+    done: Sequence[Entry | LeftOut],
+    *,
+    warnings: tuple[str, ...],
+    device: str,
+) -> Summary:
+    labels = [item.label for item in done]
+    return Summary(
+        data=data,
+        split=rows.reported,
+        n_train=rows.n_train,
+        n_reported=rows.n_reported,
+        backbones=tuple(dict.fromkeys(job.setting.backbone_name for job in jobs if job.strategy.has_backbone)),
+        entries=tuple(item for item in done if isinstance(item, Entry)),
+        left_out=tuple(item for item in done if isinstance(item, LeftOut)),
+        unfinished=tuple(job.label for job in jobs if job.label not in labels),
+        straddling=rows.n_straddling,
+        warnings=warnings,
+        environment={**describe_environment(), "device": device},
+    )
+
+
+def _write(comparison: Comparison, path: Path) -> None:
+    with resource_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(comparison.to_json(), allow_nan=False).encode())

@@ -1,0 +1,72 @@
+"""How long a strategy will take here: a few images are timed through the network, and its work multiplied out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from transfercache.backbones.devices import synchronize
+from transfercache.backbones.engines import full_float32, normalise
+from transfercache.backbones.registry import Backbone
+from transfercache.comparison.rows import load_pixels
+from transfercache.comparison.strategy import Work
+from transfercache.images.manifest import Manifest
+from transfercache.images.transforms import eval_pixels
+
+#: Images timed: two of the tutorial's batches, so that one pass is soon over on two cores.
+N_TIMED = 8
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds an image, decoding included, on this machine."""
+
+    trained: float  # decoded, forward and back
+    forward: float  # decoded, forward
+
+    def estimate(self, work: Work) -> float:
+        """Return the seconds that this work will take."""
+        return self.trained * work.trained + self.forward * work.forward
+
+
+def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device, workers: int | None) -> Pace:
+    """Time the first few rows of `manifest`, which must be readable; the weights do not matter."""
+    timed = manifest.subset(np.arange(min(N_TIMED, manifest.n_rows)))
+    start = time.perf_counter()
+    pixels = load_pixels(
+        timed, lambda image: eval_pixels(image, backbone.preprocessing), workers=workers
+    )  # uint8 [B, crop, crop, 3]
+    decode = time.perf_counter() - start
+    network = copy.deepcopy(backbone.network)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    images = normalise(torch.from_numpy(pixels).to(device), backbone.preprocessing)
+    with full_float32():
+        forward = _time(lambda: _forward(network, images), device)
+        trained = _time(lambda: _forward_and_back(network, images), device)
+    return Pace(trained=(decode + trained) / len(pixels), forward=(decode + forward) / len(pixels))
+
+
+def _time(run: Callable[[], None], device: torch.device) -> float:
+    """Return the seconds of a second time; the first one also allocates and picks its algorithms."""
+    run()
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _forward(network: torch.nn.Module, images: torch.Tensor) -> None:
+    with torch.inference_mode():
+        network(images)
+
+
+def _forward_and_back(network: torch.nn.Module, images: torch.Tensor) -> None:
+    embeddings = network(images)
+    functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,148 @@
+"""The rows that every strategy is given: all good training rows, and the reported ones, the same for each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL.Image import Image
+from tqdm import tqdm
+
+from transfercache.cache.table import FeatureTable
+from transfercache.errors import CacheError, DataError, DecodeError
+from transfercache.images.decode import load_image
+from transfercache.images.manifest import Manifest
+from transfercache.splits import SPLIT_NAMES, Split, count_straddling, reported_split
+
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+Loaded = TypeVar("Loaded")
+
+EVAL_VIEW = 0
+
+
+@dataclass(frozen=True, eq=False)
+class ComparedRows:
+    """Good, labelled training and reported rows; `manifest` holds these alone, `row` says where they came from."""
+
+    manifest: Manifest  # n rows
+    row: Int64Array  # int64 [n], ascending rows of the whole manifest
+    reported_code: Split
+
+    @property
+    def is_train(self) -> BoolArray:
+        """bool [n]."""
+        return np.asarray(self.manifest.split == Split.TRAIN)
+
+    @property
+    def is_reported(self) -> BoolArray:
+        """bool [n]."""
+        return np.asarray(self.manifest.split == self.reported_code)
+
+    @property
+    def reported(self) -> str:
+        """The reported split's name."""
+        return next(name for name, code in SPLIT_NAMES.items() if code == self.reported_code)
+
+    @property
+    def n_train(self) -> int:
+        """How many rows train."""
+        return int(self.is_train.sum())
+
+    @property
+    def n_reported(self) -> int:
+        """M."""
+        return int(self.is_reported.sum())
+
+    @property
+    def n_train_per_class(self) -> Int64Array:
+        """int64 [C]."""
+        labels = self.manifest.labels[self.is_train]
+        return np.bincount(labels, minlength=len(self.manifest.class_names)).astype(np.int64)
+
+    @cached_property
+    def n_straddling(self) -> int:
+        """Groups, or sets of equal images, that a given split divides between training and the reported rows."""
+        return count_straddling(self.manifest.split, self.manifest.component())
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits that change with any row's content, label, split or group, and with their order."""
+        manifest = self.manifest
+        digest = hashlib.sha256(json.dumps(manifest.class_names).encode())
+        for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def features_of(self, table: FeatureTable) -> FeatureTable:
+        """Return these rows of `table`, in this order; raises CacheError where it is not of this data."""
+        table = table.subset(table.view == EVAL_VIEW)
+        position = np.minimum(np.searchsorted(table.row, self.row), max(len(table) - 1, 0))
+        if not len(table) or not np.array_equal(table.row[position], self.row):
+            raise CacheError("the cache lacks rows of this data; run the same command again")
+        table = table.subset(position)
+        if not (
+            np.array_equal(table.labels, self.manifest.labels) and np.array_equal(table.split, self.manifest.split)
+        ):
+            raise CacheError("the cache was relabelled while it was being compared; run the same command again")
+        return table
+
+
+def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
+    """Take the good rows (bool [N]) that train or are reported; raises DataError where none is to be reported."""
+    labelled = is_good & (manifest.labels >= 0)
+    reported = reported_split(manifest.split, np.where(labelled, manifest.labels, -1))
+    if reported is None:
+        raise DataError(
+            f"{manifest.root}: no labelled image is held out, so nothing can be compared; "
+            "give DATA a val/ or test/ folder, or a larger --val-fraction"
+        )
+    row = np.flatnonzero(labelled & ((manifest.split == Split.TRAIN) | (manifest.split == reported)))
+    return ComparedRows(manifest.subset(row), row, reported)
+
+
+def find_unreadable(manifest: Manifest, *, workers: int | None) -> dict[int, str]:
+    """Decode every labelled image once; returns {row: reason} of those that cannot be, hashed or decoded."""
+    bad = dict(manifest.unreadable)
+    rows = np.flatnonzero((manifest.labels >= 0) & (manifest.split != Split.NONE) & manifest.is_readable())
+
+    def check(row: int) -> str | None:
+        try:
+            load_image(manifest.path_of(row), manifest.paths[row])
+        except DecodeError as error:
+            return error.reason
+        return None
+
+    for row, reason in zip(rows.tolist(), _in_threads(rows, check, workers=workers, desc="check"), strict=True):
+        if reason is not None:
+            bad[row] = reason
+    return bad
+
+
+def load_pixels(
+    manifest: Manifest, transform: Callable[[Image], npt.NDArray[np.uint8]], *, workers: int | None
+) -> npt.NDArray[np.uint8]:
+    """Return the transformed images of all rows, stacked in their order; raises DecodeError."""
+
+    def load(row: int) -> npt.NDArray[np.uint8]:
+        return transform(load_image(manifest.path_of(row), manifest.paths[row]))
+
+    return np.stack(list(_in_threads(np.arange(manifest.n_rows), load, workers=workers, desc="decode")))
+
+
+def _in_threads(rows: Int64Array, load: Callable[[int], Loaded], *, workers: int | None, desc: str) -> Iterator[Loaded]:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        yield from tqdm(
+            pool.map(load, rows.tolist()), total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=None
+        )
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,107 @@
+"""Which strategy runs when: what is kept first, then the cheapest, within the time that is given."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transfercache.comparison.pace import Pace, measure_pace
+from transfercache.comparison.results import RunResult, save_result
+from transfercache.comparison.strategies import load_kept, result_path, run_strategy
+from transfercache.comparison.strategy import Setting, Strategy
+from transfercache.comparison.summary import Entry, LeftOut
+
+#: Told a label and how many seconds its runs will still take: before the first, and again after the first epoch.
+OnEstimate = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One strategy on one backbone: its runs by seed, and the results of those that are kept already."""
+
+    label: str
+    strategy: Strategy
+    setting: Setting
+    paths: dict[int, Path]  # seed -> where its result is kept
+    kept: dict[int, RunResult]
+
+    @property
+    def n_missing(self) -> int:
+        """How many runs are still to be made."""
+        return len(self.paths) - len(self.kept)
+
+
+def plan_jobs(
+    strategies: Sequence[Strategy], settings: Sequence[Setting], *, seeds: Sequence[int], folder: Path, reuse: bool
+) -> list[Job]:
+    """Cross strategies and backbones in the order of the strategies; without `reuse` no kept result is looked up."""
+    jobs = []
+    for strategy in strategies:
+        for setting in settings if strategy.has_backbone else settings[:1]:
+            own_seeds = seeds if strategy.is_seeded else seeds[:1]
+            paths = {seed: result_path(folder, strategy, setting, seed) for seed in own_seeds}
+            found = {seed: load_kept(path, setting) for seed, path in paths.items()} if reuse else {}
+            kept = {seed: result for seed, result in found.items() if result is not None}
+            is_ambiguous = len(settings) > 1 and strategy.has_backbone
+            label = f"{strategy.name} ({setting.backbone_name})" if is_ambiguous else strategy.name
+            jobs.append(Job(label, strategy, setting, paths, kept))
+    return jobs
+
+
+def run_jobs(
+    jobs: Sequence[Job], *, deadline: float = math.inf, on_estimate: OnEstimate = lambda label, seconds: None
+) -> Iterator[Entry | LeftOut]:
+    """Yield each job's results as soon as they are there, the shortest first; every run is kept at once.
+
+    A job that will not be over before `deadline` (on the clock of `time.perf_counter`) is left out. The estimates
+    come from a few images timed on this machine, so those are read only where something has to be trained.
+    """
+
+    @functools.cache
+    def pace_of(setting: Setting) -> Pace:
+        # Random weights run as fast, and none need be downloaded.
+        backbone = setting.random_backbone()
+        return measure_pace(setting.rows.manifest, backbone, device=setting.device, workers=setting.workers)
+
+    def estimate(job: Job) -> float:
+        if not job.n_missing or job.strategy.work is None:
+            return 0.0
+        return job.n_missing * pace_of(job.setting).estimate(job.strategy.work(job.setting))
+
+    for seconds, job in sorted([(estimate(job), job) for job in jobs], key=lambda item: item[0]):
+        if seconds and time.perf_counter() + seconds > deadline:
+            yield LeftOut(job.label, seconds, "more than --max-minutes leaves")
+            continue
+        if seconds:
+            on_estimate(job.label, seconds)
+        yield _run(job, on_estimate)
+
+
+def _run(job: Job, on_estimate: OnEstimate) -> Entry:
+    results = []
+    n_left = job.n_missing
+    for seed, path in job.paths.items():
+        result = job.kept.get(seed)
+        if result is None:
+            n_left -= 1
+            setting = replace(job.setting, on_epoch=_refine(job.label, n_left, on_estimate))
+            result = run_strategy(job.strategy, setting, seed)
+            save_result(result, path)
+        results.append(result)
+    return Entry(job.label, tuple(results), is_kept=not job.n_missing)
+
+
+def _refine(label: str, n_further: int, on_estimate: OnEstimate) -> Callable[[int, int], None]:
+    """Return what tells the time left by the first epoch's own pace, `n_further` runs of the same length included."""
+    start = time.perf_counter()
+
+    def on_epoch(epoch: int, n_epochs: int) -> None:
+        seconds = time.perf_counter() - start
+        if epoch == 1 and n_epochs > 1:
+            on_estimate(label, seconds * (n_epochs - 1 + n_further * n_epochs))
+
+    return on_epoch

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from transfercache.backbones.registry import Backbone
+from transfercache.comparison import trained, tutorial
+from transfercache.comparison.results import save_result
+from transfercache.comparison.strategies import STRATEGIES, load_kept, pick_strategies, result_path, run_strategy
+from transfercache.comparison.strategy import Setting, Strategy
+from transfercache.config import KNN_NEIGHBOURS
+from transfercache.errors import DataError, UsageError
+from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.options import FinetuneOptions
+from transfercache.heads.fit import fit_head
+from transfercache.heads.knn import knn_probabilities
+from transfercache.images.decode import load_image
+from transfercache.images.manifest import Manifest
+
+from .conftest import RECORD, MakeSetting, read, spec_of, write_photos
+
+NAMES = ["knn", "logistic", "linear", "pixels-knn", "tutorial-frozen", "finetune", "scratch", "tutorial-finetune"]
+
+
+def strategy(name: str) -> Strategy:
+    return pick_strategies(name)[0]
+
+
+@pytest.fixture(autouse=True)
+def one_tutorial_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tutorial, "TUTORIAL_EPOCHS", 1)
+
+
+def test_pick_strategies__cheapest_first_whatever_the_order() -> None:
+    assert [item.name for item in STRATEGIES] == NAMES
+    picked = pick_strategies("scratch, finetune,knn,knn")
+    assert [item.name for item in picked] == ["knn", "finetune", "scratch"]
+
+
+def test_pick_strategies__unknown_name() -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown strategy 'finetun' \(did you mean finetune.*known are knn, logistic"
+    ):
+        pick_strategies("knn,finetun")
+    with pytest.raises(UsageError, match="--strategies names none"):
+        pick_strategies(" ,")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_run_strategy__same_rows_and_all_training_rows_for_each(setting: Setting, name: str) -> None:
+    result = run_strategy(strategy(name), setting, seed=1)
+    assert result.strategy == name
+    assert result.backbone == (None if name == "pixels-knn" else "resnet18")
+    assert result.row.tolist() == [8, 9, 10, 11, 12, 13]
+    assert result.target.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (result.n_train, result.split, result.seed) == (8, "val", 1)
+    np.testing.assert_allclose(result.probabilities.sum(axis=1), 1, rtol=1e-6)
+    assert result.seconds.first >= result.seconds.again > 0
+    assert result.environment["device"]
+    assert result.tlc_version
+
+
+@pytest.mark.parametrize("name", ["knn", "logistic", "linear"])
+def test_cached__extraction_is_in_the_first_run_alone(setting: Setting, name: str) -> None:
+    result = run_strategy(strategy(name), setting, seed=0)
+    stages = result.seconds.stages
+    assert list(stages) == ["extract", "load", "fit", "predict"]
+    assert stages["extract"] == 12.0
+    assert result.seconds.first == pytest.approx(12.0 + result.seconds.again)
+    assert result.seconds.again == pytest.approx(stages["load"] + stages["fit"] + stages["predict"], rel=0.2)
+    assert result.backbone_passes == 14
+    assert result.extraction == RECORD
+
+
+def test_cached__probabilities_are_those_of_the_heads_room(setting: Setting) -> None:
+    table = setting.rows.features_of(setting.embeddings().table())
+    train, queries = table.subset(setting.rows.is_train), table.features[8:]
+    expected = {
+        "knn": knn_probabilities(train, queries, k=KNN_NEIGHBOURS, n_classes=2),
+        "logistic": fit_head(train, solver="logistic", seed=5).probabilities(queries),
+        "linear": fit_head(train, solver="linear", seed=5).probabilities(queries),
+    }
+    for name, probabilities in expected.items():
+        np.testing.assert_array_equal(run_strategy(strategy(name), setting, seed=5).probabilities, probabilities)
+
+
+def test_pixels_knn__equals_cosine_neighbours_by_hand(setting: Setting) -> None:
+    manifest = setting.rows.manifest
+    grey = [
+        load_image(manifest.path_of(row), "").convert("L").resize((32, 32), resample=2)
+        for row in range(manifest.n_rows)
+    ]
+    pixels = np.stack([np.asarray(image, dtype=np.float64).ravel() for image in grey])
+    pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
+    nearest = np.argsort(-(pixels[8:] @ pixels[:8].T), axis=1)[:, :KNN_NEIGHBOURS]
+    votes = np.stack([(manifest.labels[nearest] == label).mean(axis=1) for label in (0, 1)], axis=1)
+    result = run_strategy(strategy("pixels-knn"), setting, seed=0)
+    np.testing.assert_allclose(result.probabilities, votes, atol=1e-6)
+    assert (result.backbone_passes, result.extraction) == (0, None)
+    assert result.seconds.first == result.seconds.again
+
+
+def test_finetune__equals_the_command_with_its_defaults(setting: Setting, backbone: Backbone) -> None:
+    expected = finetune(
+        setting.rows.manifest,
+        backbone,
+        options=FinetuneOptions(epochs=1, seed=2),
+        spec=spec_of(backbone),
+        device=torch.device("cpu"),
+    )
+    result = run_strategy(strategy("finetune"), setting, seed=2)
+    np.testing.assert_array_equal(result.probabilities, expected.probabilities)
+    assert result.backbone_passes == 14
+    assert result.seconds.first == result.seconds.again
+    assert result.chosen["batch_norm"] == "frozen"
+    assert [sorted(epoch) for epoch in result.chosen["by_epoch"]] == [["seconds", "train_accuracy", "train_loss"]]
+
+
+def test_scratch__random_weights_and_batch_norm_in_train_mode(make_setting: MakeSetting, manifest: Manifest) -> None:
+    asked: list[str] = []
+
+    def refuse() -> Backbone:
+        raise AssertionError("scratch needs no pretrained weights")
+
+    base = make_setting(manifest)
+
+    def random_backbone() -> Backbone:
+        asked.append("random")
+        return base.random_backbone()
+
+    result = run_strategy(strategy("scratch"), replace(base, backbone=refuse, random_backbone=random_backbone), seed=0)
+    assert asked == ["random"]
+    assert result.chosen["batch_norm"] == "train"
+
+
+def test_tutorial__last_epoch_is_the_figure_and_the_best_is_kept_apart(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (tutorial, trained):
+        monkeypatch.setattr(module, "TUTORIAL_EPOCHS", 3)
+    result = run_strategy(strategy("tutorial-finetune"), setting, seed=0)
+    accuracies = [epoch["reported_accuracy"] for epoch in result.chosen["by_epoch"]]
+    assert len(accuracies) == 3
+    assert result.is_right.mean() == pytest.approx(accuracies[-1])
+    assert result.best_on_reported == {"accuracy": max(accuracies), "epoch": 1 + int(np.argmax(accuracies))}
+    assert result.chosen["by"] == "last epoch"
+    assert result.backbone_passes == 3 * 14
+
+
+def test_finetune__image_that_changed_meanwhile(make_setting: MakeSetting, tmp_path: Path) -> None:
+    folder = write_photos(tmp_path / "photos", train=4, val=3)
+    setting = make_setting(read(folder))
+    (folder / "train" / "red" / "2.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train/red/2.png: empty file; it changed while it was being compared"):
+        run_strategy(strategy("finetune"), setting, seed=0)
+
+
+def test_work__images_that_pass_the_network(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = replace(setting, epochs=4)
+    work = {item.name: item.work(setting) for item in STRATEGIES if item.work is not None}
+    assert {name: (item.trained, item.forward) for name, item in work.items()} == {
+        "tutorial-frozen": (0, 5 * 14),
+        "finetune": (4 * 8, 6),
+        "scratch": (4 * 8, 6),
+        "tutorial-finetune": (5 * 8, 5 * 6),
+    }
+
+
+def test_result_path__changes_with_what_the_result_depends_on(
+    setting: Setting, manifest: Manifest, make_setting: MakeSetting
+) -> None:
+    folder = Path("results")
+    path = result_path(folder, strategy("finetune"), setting, 0)
+    assert path.parent == folder
+    assert len(path.stem) == 64
+    assert path.suffix == ".json"
+    others = [
+        result_path(folder, strategy("scratch"), setting, 0),
+        result_path(folder, strategy("finetune"), setting, 1),
+        result_path(folder, strategy("finetune"), replace(setting, epochs=2), 0),
+        result_path(folder, strategy("finetune"), make_setting(manifest.subset(np.arange(1, 14))), 0),
+        result_path(
+            folder, strategy("finetune"), replace(setting, spec=lambda b: replace(spec_of(b), boundary="x")), 0
+        ),
+    ]
+    assert len({path, *others}) == 6
+    assert result_path(folder, strategy("finetune"), replace(setting, workers=7), 0) == path
+
+
+def test_result_path__only_what_matters(setting: Setting) -> None:
+    def refuse() -> Backbone:
+        raise AssertionError("no weights are needed to name this")
+
+    bare = replace(setting, backbone=refuse, epochs=9)
+    for name in ("pixels-knn", "scratch"):
+        assert result_path(Path(), strategy(name), bare, 0).name
+    # Nothing in these is drawn, and the tutorial has its own number of epochs.
+    assert result_path(Path(), strategy("knn"), setting, 0) == result_path(Path(), strategy("knn"), setting, 1)
+    assert result_path(Path(), strategy("tutorial-frozen"), setting, 0) == result_path(
+        Path(), strategy("tutorial-frozen"), replace(setting, epochs=9), 0
+    )
+
+
+def test_load_kept__found_again_with_the_rows_of_today(
+    make_setting: MakeSetting, backbone: Backbone, manifest: Manifest, tmp_path: Path
+) -> None:
+    result = run_strategy(strategy("knn"), make_setting(manifest), seed=0)
+    save_result(result, tmp_path / "kept.json")
+    setting = make_setting(manifest)
+    later = replace(setting, rows=replace(setting.rows, row=setting.rows.row + 100))
+    kept = load_kept(tmp_path / "kept.json", later)
+    assert kept is not None
+    assert kept.row.tolist() == [108, 109, 110, 111, 112, 113]
+    assert kept.date == result.date
+    assert kept.extraction == {**RECORD, "is_from_this_run": False}
+    assert load_kept(tmp_path / "other.json", later) is None
+
+
+def test_load_kept__damaged_one_is_named_and_made_again(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "kept.json"
+    path.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert load_kept(path, setting) is None
+    assert f"{path}: not a result of this tlc" in caplog.text
+    assert "it is computed again" in caplog.text
