@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from transfercache import config
 from transfercache.errors import DataError
-from transfercache.splits import Split, reported_split
+from transfercache.splits import Split, count_straddling, reported_split
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
@@ -43,7 +43,10 @@ def check_classes(
         warnings += lines[:_MAX_WARNINGS_OF_A_KIND]
         if len(lines) > _MAX_WARNINGS_OF_A_KIND:
             warnings.append(f"... and {len(lines) - _MAX_WARNINGS_OF_A_KIND} more classes like these")
-    n_unused = int(np.sum((labels >= 0) & (split == Split.NONE)))
+    labelled = labels >= 0
+    if n_straddling := count_straddling(split[labelled], component[labelled]):
+        warnings.append(f"{n_straddling} groups or sets of equal images lie on both sides of the given split")
+    n_unused = int(np.sum(labelled & (split == Split.NONE)))
     if n_unused:
         warnings.append(f"{n_unused} labelled images are in no split: they are scored, never trained or reported on")
     return warnings

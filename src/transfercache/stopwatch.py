@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -15,10 +15,11 @@ class Stopwatch:
     asynchronous: synchronise the device inside the stage that should be charged for it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier: Mapping[str, float] | None = None) -> None:
+        """Start with the seconds of stages that ran `earlier`; they are part of the total."""
         self._lock = threading.Lock()
-        self._stages: dict[str, float] = {}
-        self._start = time.perf_counter()
+        self._stages = dict(earlier or {})
+        self._start = time.perf_counter() - sum(self._stages.values())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -35,7 +36,7 @@ class Stopwatch:
             self._stages[name] = self._stages.get(name, 0.0) + seconds
 
     def elapsed(self) -> float:
-        """Seconds since this stopwatch was made."""
+        """Seconds since this stopwatch was made, and those of earlier stages."""
         return time.perf_counter() - self._start
 
     def seconds(self) -> dict[str, float]:

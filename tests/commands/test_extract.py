@@ -39,7 +39,7 @@ def test_result__has_the_fields_of_the_command_line(extraction: Extraction) -> N
         "cache", "rows", "computed", "reused", "bad", "dim", "seconds", "images_per_second", "engine", "device"
     ]  # fmt: skip
     assert (document["rows"], document["computed"], document["dim"], document["engine"]) == (16, 16, 512, "eager")
-    assert set(document["seconds"]) == {"decode", "forward", "write", "total"}
+    assert set(document["seconds"]) == {"hash", "decode", "forward", "write", "total"}
     assert document["images_per_second"] == 16 / document["seconds"]["total"]
     assert document["cache"].endswith(f"pets-resnet18-pooled-{extraction.open().spec.digest()[:8]}")
 
@@ -123,8 +123,8 @@ def test_other_files__are_counted_and_named_once(pets: Path, tmp_path: Path, cap
         (tmp_path / "pets" / name).touch()
     extract_features("pets", backbone="mobilenet_v3_small", weights="random")
     assert caplog.messages == [
-        "left out: cat/a.txt and 1 more of that kind (not a known image extension)",
-        "left out: dog/c.gif (not a known image extension)",
+        "left out: cat/a.txt and 1 more of that kind (no image by its name, hidden, or outside the class folders)",
+        "left out: dog/c.gif (no image by its name, hidden, or outside the class folders)",
     ]
 
 

@@ -82,7 +82,7 @@ def test_caption__says_what_the_figures_are(summary: Summary) -> None:
     lines = list(caption(summary))
     assert lines == [
         "first run: from images; further run: with what is cached. Excluded: interpreter start, imports, downloads, "
-        "reading the weights, hashing the files.",
+        "reading the weights.",
         "extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 images.",
         "a processor, 2 cores (AVX2); python 3.11.7, torch 2.15.0.",
         "tutorial-*: images loaded by 2 worker processes (the tutorial has 4).",
@@ -146,3 +146,15 @@ def test_title__without_a_network() -> None:
 )
 def test_show_seconds__unit_of_a_person(seconds: float, text: str) -> None:
     assert show_seconds(seconds) == text
+
+
+def test_caption__network_that_has_not_learned_its_own_images() -> None:
+    head = make_entry("logistic", [6])
+    curve = [{"train_accuracy": 0.1}, {"train_accuracy": 0.25}]
+    poor = make_entry("finetune", [2], chosen={"by_epoch": curve})
+    fine = make_entry("scratch", [2], chosen={"by_epoch": [{"train_accuracy": 0.95}]})
+    lines = [line for line in caption(make_summary(head, poor, fine)) if "undertrained" in line]
+    assert lines == [
+        "finetune is undertrained: after 2 epochs it was right on 0.250 of its own (augmented) training images; "
+        "give it more --epochs before believing its accuracy."
+    ]

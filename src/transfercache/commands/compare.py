@@ -32,6 +32,7 @@ from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
 from transfercache.report.comparison import html_table, result_line, terminal_table
 from transfercache.spec import ExtractSpec
+from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -127,14 +128,23 @@ def compare(
     _check_counts(seeds=seeds, epochs=epochs, backbones=len(names))
     target, root = pick_device(device), cache_root(cache_dir)
     load = functools.cache(functools.partial(load_backbone, weights=weights))
-    finish = functools.partial(finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed)
-    extract = functools.partial(
-        extract_manifest, cache_dir=root, compute=compute, device=device, batch_size=batch_size, workers=workers
-    )
     sources = {strategy.source for strategy in chosen}
     # Before anything is read: what cannot be loaded fails now.
     loaded = [load(name) for name in names] if sources & {Source.EMBEDDINGS, Source.BACKBONE} else []
+    watch = Stopwatch()
+    finish = functools.partial(
+        finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
+    )
     manifest = _read(data, [extract_spec(item, compute) for item in loaded], root=root, finish=finish)
+    extract = functools.partial(
+        extract_manifest,
+        cache_dir=root,
+        compute=compute,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        hash_seconds=watch.seconds()["hash"],
+    )
     extractions = {item.name: extract(manifest, item) for item in loaded} if Source.EMBEDDINGS in sources else {}
     reasons = _bad_rows(manifest, extractions, workers=workers)
     log_bad(bad_images(manifest, reasons), manifest.n_rows, on_bad=on_bad)
@@ -204,8 +214,6 @@ def _rows_to_compare(manifest: Manifest, reasons: Mapping[int, str]) -> tuple[Co
     is_good[list(reasons)] = False
     warnings = check_trainable(manifest.subset(is_good))
     rows = select_rows(manifest, is_good=is_good)
-    if rows.n_straddling:
-        warnings.append(f"{rows.n_straddling} groups or sets of equal images lie on both sides of the given split")
     for warning in warnings:
         logger.warning("%s", warning)
     return rows, tuple(warnings)

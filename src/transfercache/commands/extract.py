@@ -43,7 +43,7 @@ class Extraction:
     reused: int
     bad: tuple[BadImage, ...]
     dim: int
-    seconds: dict[str, float]  # total: wall; decode: summed over its threads; forward; write
+    seconds: dict[str, float]  # total: wall; hash; decode: summed over its threads; forward; write
     engine: str
     device: str
 
@@ -142,8 +142,10 @@ def extract_features(
     loaded = load_backbone(backbone, weights=weights)
     root = cache_root(cache_dir)
     folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=extract_spec(loaded, compute))
+    watch = Stopwatch()
     manifest = finish_manifest(
         manifest,
+        watch=watch,
         known=known_files(folder),
         scanned_ns=scanned_ns,
         labels=labels,
@@ -151,7 +153,14 @@ def extract_features(
         split_seed=split_seed,
     )
     result = extract_manifest(
-        manifest, loaded, cache_dir=root, compute=compute, device=device, batch_size=batch_size, workers=workers
+        manifest,
+        loaded,
+        cache_dir=root,
+        compute=compute,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        hash_seconds=watch.seconds()["hash"],
     )
     log_bad(result.bad, result.rows, on_bad=on_bad)
     return result
@@ -166,9 +175,10 @@ def extract_manifest(
     device: config.Device,
     batch_size: int,
     workers: int | None,
+    hash_seconds: float,
 ) -> Extraction:
-    """Embed the rows of a finished manifest (see `inputs.finish_manifest`) into its cache."""
-    watch = Stopwatch()
+    """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache."""
+    watch = Stopwatch({"hash": hash_seconds})
     target = pick_device(device)
     make_engine = functools.cache(lambda: EagerEngine(backbone, target))
     store = _store(cache_dir, manifest, extract_spec(backbone, compute), make_engine)

@@ -25,7 +25,8 @@ from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
 from transfercache.metrics import Report, evaluate
 from transfercache.models.head_file import Model, save_model
-from transfercache.splits import Split
+from transfercache.splits import Split, count_straddling
+from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,6 +43,7 @@ class FinetuneOutcome:
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
     n_train: int
+    straddling: int  # groups, or sets of equal images, that the given split divides
     reported: Report | None
     seconds: dict[str, float]
     backbone_passes: int
@@ -61,6 +63,7 @@ class FinetuneOutcome:
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "chosen_epoch": self.chosen_epoch,
             "n_train": self.n_train,
+            "straddling": self.straddling,
             "reported": None if self.reported is None else self.reported.to_json(),
             "seconds": self.seconds,
             "backbone_passes": self.backbone_passes,
@@ -128,6 +131,7 @@ def finetune(
     scanned_ns = time.time_ns()
     manifest = finish_manifest(
         read_source(data),
+        watch=Stopwatch(),
         known={},
         scanned_ns=scanned_ns,
         labels=labels,
@@ -165,6 +169,7 @@ def finetune(
         epochs=result.epochs,
         chosen_epoch=result.chosen_epoch,
         n_train=result.n_train,
+        straddling=count_straddling(manifest.split, manifest.component()),
         reported=reported,
         seconds=dict(result.seconds),
         backbone_passes=result.passes,

@@ -13,6 +13,7 @@ from transfercache import config
 from transfercache.cache.store import Store
 from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
+from transfercache.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +43,22 @@ def finish_manifest(
     split_seed: int,
     known: Mapping[str, KnownFile],
     scanned_ns: int,
+    watch: Stopwatch,
 ) -> Manifest:
     """Hash the files of a scanned source, split its rows where it gives no split, and overlay labels.
 
     The split is drawn from the source's own labels, so that an overlay does not move rows between splits; rows that
-    only the overlay labels are split among themselves. Logs what was left out.
+    only the overlay labels are split among themselves. Logs what was left out, and charges `hash` of `watch`.
     """
-    manifest = split_rows(
-        hash_files(manifest, known=known, scanned_ns=scanned_ns), val_fraction=val_fraction, split_seed=split_seed
-    )
+    with watch.stage("hash"):
+        manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
+    manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
     if labels is not None:
         manifest = overlay_labels(manifest, Path(labels))
         manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
     for example, count in manifest.skipped.items():
         others = f" and {count - 1} more of that kind" if count > 1 else ""
-        logger.warning("left out: %s%s (not a known image extension)", example, others)
+        logger.warning("left out: %s%s (no image by its name, hidden, or outside the class folders)", example, others)
     return manifest
 
 

@@ -23,7 +23,7 @@ from transfercache.heads.linear_head import LinearHead
 from transfercache.metrics import Report, evaluate
 from transfercache.models.head_file import Model, save_model
 from transfercache.overlay import overlay
-from transfercache.splits import Split, complete_split, reported_split
+from transfercache.splits import Split, complete_split, count_straddling, reported_split
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class HeadResult:
     solver: str
     chosen: dict[str, Any]
     n_train: int
+    straddling: int  # groups, or sets of equal images, that the given split divides
     reported: Report | None
     seconds: dict[str, float]  # load, fit, total
     linear_head: LinearHead | None
@@ -70,6 +71,7 @@ class HeadResult:
             "solver": self.solver,
             "chosen": self.chosen,
             "n_train": self.n_train,
+            "straddling": self.straddling,
             "reported": None if self.reported is None else self.reported.to_json(),
             "seconds": self.seconds,
         }
@@ -139,6 +141,7 @@ def train_head(
         solver=solver,
         chosen={"neighbours": config.KNN_NEIGHBOURS} if head is None else head.chosen,
         n_train=len(train.labels),
+        straddling=count_straddling(table.split, table.group),
         reported=reported,
         seconds=watch.seconds(),
         linear_head=head,

@@ -83,16 +83,21 @@ class _Layer:
         self.x = x  # float32 [N, D]
         self.targets = torch.from_numpy(problem.targets).to(x.device)
         self.row_weights = torch.from_numpy(problem.row_weights).to(x)
-        self.weight = torch.zeros(problem.n_targets, x.shape[1], device=x.device, requires_grad=True)
-        self.bias = torch.zeros(problem.n_targets, device=x.device, requires_grad=True)
+        self.weight = torch.zeros(problem.n_targets, x.shape[1], device=x.device)
+        self.bias = torch.zeros(problem.n_targets, device=x.device)
 
     def backward(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Set the gradients of the weighted mean loss of these rows, and return it."""
-        logits = functional.linear(self.x[rows], self.weight, self.bias)
-        losses = functional.cross_entropy(logits, self.targets[rows], reduction="none")
-        loss = (losses * self.row_weights[rows]).mean()
-        self.weight.grad, self.bias.grad = torch.autograd.grad(loss, [self.weight, self.bias])
-        return loss.detach()
+        """Set the gradients of the weighted mean loss of these rows, and return it.
+
+        The gradient by the logits is (softmax - one-hot) * row weight / rows; writing it down takes a third of the
+        time that autograd takes for a step this small.
+        """
+        x, targets = self.x[rows], self.targets[rows, None]
+        row_weights = self.row_weights[rows, None] / len(x)
+        log_p = functional.log_softmax(torch.addmm(self.bias, x, self.weight.T), dim=1)  # [B, K]
+        slope = log_p.exp().scatter_add_(1, targets, torch.full_like(row_weights, -1.0)).mul_(row_weights)
+        self.weight.grad, self.bias.grad = slope.T @ x, slope.sum(dim=0)
+        return -(log_p.gather(1, targets) * row_weights).sum()
 
 
 def _train(problem: Problem, *, n_epochs: int, device: str) -> Iterator[Affine]:
@@ -107,7 +112,9 @@ def _train(problem: Problem, *, n_epochs: int, device: str) -> Iterator[Affine]:
 
 def _adamw_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
     n_rows, dim = layer.x.shape
-    optimizer = torch.optim.AdamW([layer.weight, layer.bias], lr=LOGIT_STEP / math.sqrt(dim), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        [layer.weight, layer.bias], lr=LOGIT_STEP / math.sqrt(dim), weight_decay=WEIGHT_DECAY, fused=True
+    )
     generator = torch.Generator().manual_seed(derive_seed(seed, "linear"))
 
     def run_epoch() -> None:
