@@ -58,7 +58,6 @@ def make_cache(folder: Path) -> Path:
             label=labels,
             split=np.where(np.arange(n_rows) < N_TRAIN, Split.TRAIN, Split.VAL).astype(np.uint8),
             group=np.arange(n_rows),
-            given_group=np.full(n_rows, -1),
             status=np.full(n_rows, OK, dtype=np.uint8),
             reason=("",) * n_rows,
             shard=np.full(n_rows, shard, dtype=np.int32),

@@ -91,7 +91,6 @@ class SmallExtraction:
             "label": self.label,
             "split": self.split,
             "group": np.arange(n),
-            "given_group": np.full(n, -1),
             "status": is_bad.astype(np.uint8),
             "reason": tuple("truncated" if i == self.bad else "" for i in range(n)),
             "shard": np.where(is_bad, -1, 0).astype(np.int32),

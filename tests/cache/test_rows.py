@@ -15,7 +15,7 @@ def test_rows__round_trip_is_exact(make_extraction: Any) -> None:
     again = Rows.from_bytes(rows.to_bytes())
     assert again.path == rows.path
     assert again.reason == rows.reason == ("", "", "", "truncated", *[""] * 6)
-    for name in ("size", "mtime_ns", "ctime_ns", "inode", "digest", "view", "label", "split", "group", "given_group"):
+    for name in ("size", "mtime_ns", "ctime_ns", "inode", "digest", "view", "label", "split", "group"):
         np.testing.assert_array_equal(getattr(again, name), getattr(rows, name))
     for name in ("status", "shard", "slot"):
         np.testing.assert_array_equal(getattr(again, name), getattr(rows, name))
@@ -56,7 +56,6 @@ def test_known_files__first_views_with_a_digest(make_extraction: Any) -> None:
         ({"label": np.array([0, -2] + [0] * 8)}, "label of row 1"),
         ({"split": np.array([0, 0, 4] + [0] * 7, np.uint8)}, "split of row 2"),
         ({"group": np.array([-1] * 10)}, "group of row 0"),
-        ({"given_group": np.array([-2] * 10)}, "given_group of row 0"),
         ({"status": np.array([2] * 10, np.uint8)}, "status of row 0"),
         ({"reason": ("why", *[""] * 9)}, "reason of row 0"),
         ({"status": np.array([1] + [0] * 9, np.uint8), "reason": ("why", *[""] * 9)}, "shard of row 0"),

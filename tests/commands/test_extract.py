@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import transfercache
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import load_backbone
+from transfercache.cache.store import Store
 from transfercache.commands.extract import Extraction, extract_features
 from transfercache.errors import CacheError, DataError, LockedError
 from transfercache.images.decode import load_image
@@ -36,7 +38,8 @@ def test_extract_features__keeps_the_canaries(extraction: Extraction) -> None:
 def test_result__has_the_fields_of_the_command_line(extraction: Extraction) -> None:
     document = json.loads(json.dumps(extraction.to_json()))
     assert list(document) == [
-        "cache", "rows", "computed", "reused", "bad", "dim", "seconds", "images_per_second", "engine", "device"
+        "cache", "rows", "computed", "reused", "bad", "straddling",
+        "dim", "seconds", "images_per_second", "engine", "device",
     ]  # fmt: skip
     assert (document["rows"], document["computed"], document["dim"], document["engine"]) == (16, 16, 512, "eager")
     assert set(document["seconds"]) == {"hash", "decode", "forward", "write", "total"}
@@ -60,6 +63,39 @@ def test_second_call__reuses_all_and_records_nothing(extraction: Extraction, pet
     assert [run["computed"] for run in again.open().provenance if run["computed"]] == [16]
     assert again.record["seconds"] == before[0]["seconds"]["total"]
     assert (again.record["images"], again.record["is_from_this_run"]) == (16, False)
+    assert again.record["is_complete"]
+    assert [(run["images"], run["seconds"]) for run in again.record["runs"]] == [(16, again.record["seconds"])]
+
+
+def test_record__counts_interrupted_runs_and_says_what_it_does_not_know(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, batches = EagerEngine.embed, iter(range(100))
+
+    def interrupted(engine: EagerEngine, pixels: Any) -> Any:
+        # The first batch is the canaries.
+        if next(batches) == 2:
+            raise KeyboardInterrupt
+        return embed(engine, pixels)
+
+    def extract(folder: str) -> Extraction:
+        return extract_features(pets, weights="random", cache_dir=tmp_path / folder, batch_size=4)
+
+    monkeypatch.setattr(EagerEngine, "embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract("cache")
+    record = extract("cache").record
+    assert [run["images"] for run in record["runs"]] == [4, 12]
+    assert (record["images"], record["is_complete"], record["is_from_this_run"]) == (16, True, False)
+    assert record["seconds"] == sum(run["seconds"] for run in record["runs"])
+
+    batches = iter(range(100))
+    # A kill leaves no record at all.
+    monkeypatch.setattr(Store, "record", lambda store, run: None)
+    with pytest.raises(KeyboardInterrupt):
+        extract("killed")
+    record = extract("killed").record
+    assert (record["images"], record["is_complete"]) == (12, False)
 
 
 def test_labels_and_splits__change_without_computing(extraction: Extraction, pets: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_plan__of_an_empty_cache__is_every_content_once(photos: Path) -> None:
     plan = plan_extraction(manifest, _slots(manifest, [], shard=[], valid=[]), unfinished=[])
     assert plan.pending == {NEW_SHARD: [PendingImage(slot=i, row=i) for i in range(9)]}
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[:9])
-    assert (plan.n_wanted, plan.n_reused, plan.n_pending) == (9, 0, 9)
+    assert (plan.n_reused, plan.n_pending) == (0, 9)
 
 
 def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> None:
@@ -47,7 +47,7 @@ def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> 
         NEW_SHARD: [PendingImage(slot=i, row=row) for i, row in enumerate([0, 4, 5, 6, 8, 9])],
     }
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[[0, 4, 5, 6, 8, 9]])
-    assert (plan.n_wanted, plan.n_reused) == (10, 2)
+    assert (plan.n_pending, plan.n_reused) == (8, 2)
 
 
 def test_plan__of_a_full_cache__is_nothing(photos: Path) -> None:

@@ -54,6 +54,11 @@ def test_resume__after_an_interruption__is_bit_identical(
     assert held.tolist() == [True] * (4 * n_batches) + [False] * (10 - 4 * n_batches)
     outcome = extractor.run()
     assert (outcome.computed, outcome.reused) == (10 - 4 * n_batches, 4 * n_batches)
+    # The interrupted run's cost is on record beside the last one's.
+    assert [run["computed"] for run in Store(extractor.folder).catalogue.provenance] == [
+        4 * n_batches,
+        outcome.computed,
+    ]
     assert extractor.engine.batches == [4, 4, 2][n_batches:]
     assert _bytes(extractor) == _bytes(undisturbed)
     assert (extractor.folder / "shard-00000.h5").read_bytes() == (undisturbed.folder / "shard-00000.h5").read_bytes()

@@ -124,6 +124,7 @@ class Catalogue:
     data_root: str  # absolute; invalid UTF-8 as surrogate escapes
     canaries: npt.NDArray[np.float32]  # float32 [4, D]: the network's embeddings of four made images
     class_names: tuple[str, ...] = ()  # [C], in the order of the rows' labels
+    has_given_split: bool = False  # False: the split was drawn by content, and may be drawn again
     shards: tuple[ShardEntry, ...] = ()  # ordered by number
     rows: RowsEntry | None = None  # None until the first extraction has ended
     provenance: tuple[dict[str, Any], ...] = ()  # one record a run that changed something, oldest first
@@ -151,6 +152,7 @@ class Catalogue:
             "data_name": self.data_name,
             "data_root": self.data_root,
             "class_names": self.class_names,
+            "has_given_split": self.has_given_split,
             "canaries": [row.astype("<f4").tobytes().hex() for row in self.canaries],
             "shards": [asdict(shard) for shard in self.shards],
             "rows": None if self.rows is None else asdict(self.rows),
@@ -175,6 +177,7 @@ class Catalogue:
             data_root=taken["data_root"],
             canaries=_canaries(taken["canaries"]),
             class_names=tuple(_each(taken["class_names"], str, "class_names")),
+            has_given_split=taken["has_given_split"],
             shards=tuple(ShardEntry.from_json(shard) for shard in taken["shards"]),
             rows=None if rows is None else RowsEntry(**_take(rows, "rows", {"file": str, "sha256": str})),
             provenance=tuple(_each(taken["provenance"], dict, "provenance")),
@@ -197,6 +200,7 @@ _CATALOGUE_TYPES: dict[str, Any] = {
     **dict.fromkeys(("format", "data_name", "data_root"), str),
     **dict.fromkeys(("class_names", "canaries", "shards", "provenance"), list),
     "schema_version": int,
+    "has_given_split": bool,
     "spec": dict,
     "rows": (dict, type(None)),
 }

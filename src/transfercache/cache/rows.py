@@ -30,7 +30,6 @@ _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "label": ("int64", ()),
     "split": ("uint8", ()),
     "group": ("int64", ()),
-    "given_group": ("int64", ()),
     "status": ("uint8", ()),
     "shard": ("int32", ()),
     "slot": ("int64", ()),
@@ -52,7 +51,6 @@ class Rows:
     label: npt.NDArray[np.int64]  # int64 [R], -1 where unlabelled
     split: npt.NDArray[np.uint8]  # uint8 [R], splits.Split
     group: npt.NDArray[np.int64]  # int64 [R], component: rows that no split or fold separates share one
-    given_group: npt.NDArray[np.int64]  # int64 [R], the data's own group, -1 where it names none
     status: npt.NDArray[np.uint8]  # uint8 [R], OK or BAD
     reason: tuple[str, ...]  # [R], why a row is bad; "" where it is not
     shard: npt.NDArray[np.int32]  # int32 [R], the number in the shard file's name; -1 where bad
@@ -73,7 +71,6 @@ class Rows:
             "label": self.label >= -1,
             "split": self.split <= max(Split),
             "group": self.group >= 0,
-            "given_group": self.given_group >= -1,
             "status": self.status <= BAD,
             "reason": named != good,
             "shard": np.where(good, self.shard >= 0, self.shard == -1),

@@ -234,7 +234,14 @@ class Store:
         _protect(path)
         return valid
 
-    def publish(self, rows: Rows, *, class_names: tuple[str, ...], run: Mapping[str, Any]) -> None:
+    def record(self, run: Mapping[str, Any]) -> None:
+        """Add a run that ended before it could publish to the provenance: what it committed is kept, and has a cost."""
+        self._check_writing()
+        self._replace(provenance=(*self.catalogue.provenance, dict(run)))
+
+    def publish(
+        self, rows: Rows, *, class_names: tuple[str, ...], run: Mapping[str, Any], has_given_split: bool = False
+    ) -> None:
         """Make `rows` the cache's rows in one step, and add `run` to its provenance.
 
         Publishing what is already there changes nothing and records no run. Raises ValueError where a row is not what
@@ -246,10 +253,15 @@ class Store:
         sha256 = sha256_bytes(data)
         published = RowsEntry(file=f"rows-{sha256[:8]}.safetensors", sha256=sha256)
         before = self.catalogue
-        if (before.rows, before.class_names) == (published, class_names):
+        if (before.rows, before.class_names, before.has_given_split) == (published, class_names, has_given_split):
             return
         write_atomic(self.folder / published.file, data)
-        self._replace(rows=published, class_names=class_names, provenance=(*before.provenance, dict(run)))
+        self._replace(
+            rows=published,
+            class_names=class_names,
+            has_given_split=has_given_split,
+            provenance=(*before.provenance, dict(run)),
+        )
         if before.rows is not None and before.rows.file != published.file:
             (self.folder / before.rows.file).unlink(missing_ok=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transfercache.backbones.devices import device_name, pick_device
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.cache.reader import Cache, open_cache
+from transfercache.cache.rows import OK
 from transfercache.cache.store import Store, find, find_or_create
 from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import BadImage, bad_images, cache_root, finish_manifest, known_files, log_bad
@@ -27,10 +29,13 @@ from transfercache.extract.run import Outcome, extract_into
 from transfercache.images.manifest import Manifest
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec
+from transfercache.splits import count_straddling
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +47,7 @@ class Extraction:
     computed: int
     reused: int
     bad: tuple[BadImage, ...]
+    straddling: int  # groups, or sets of equal images, that the given split divides
     dim: int
     seconds: dict[str, float]  # total: wall; hash; decode: summed over its threads; forward; write
     engine: str
@@ -54,19 +60,32 @@ class Extraction:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What it took to make the rows that the cache holds: seconds and images over all runs, and the last machine.
+        """What it took to make the rows that the cache holds, in plain JSON.
 
-        Keys: seconds, images, device, machine, date, is_from_this_run.
+        seconds and images over all runs, interrupted ones included; runs, each with date, device, machine, seconds and
+        images, and the date, device and machine of the largest; is_complete, False where the runs do not account for
+        all rows (one was killed before it could say what it took); is_from_this_run, of all rows.
         """
-        runs = [run for run in self.open().provenance if run["computed"]]
-        last = runs[-1]
+        cache = self.open()
+        good = cache.rows.status == OK
+        n_held = len(set(zip(cache.rows.shard[good].tolist(), cache.rows.slot[good].tolist(), strict=True)))
+        runs = [
+            {
+                **{name: run[name] for name in ("date", "device", "machine")},
+                "seconds": run["seconds"]["total"],
+                "images": run["computed"],
+            }
+            for run in cache.provenance
+        ]
+        largest = max(runs, key=lambda run: run["images"])
+        images = sum(run["images"] for run in runs)
         return {
-            "seconds": sum(run["seconds"]["total"] for run in runs),
-            "images": sum(run["computed"] for run in runs),
-            "device": last["device"],
-            "machine": last["machine"],
-            "date": last["date"],
-            "is_from_this_run": bool(self.computed),
+            **{name: largest[name] for name in ("date", "device", "machine")},
+            "seconds": sum(run["seconds"] for run in runs if run["images"]),
+            "images": images,
+            "runs": [run for run in runs if run["images"]],
+            "is_complete": images >= n_held,
+            "is_from_this_run": self.computed > 0 and self.computed == images,
         }
 
     @property
@@ -94,6 +113,7 @@ class Extraction:
             "computed": self.computed,
             "reused": self.reused,
             "bad": [item.to_json() for item in self.bad],
+            "straddling": self.straddling,
             "dim": self.dim,
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
@@ -163,6 +183,8 @@ def extract_features(
         hash_seconds=watch.seconds()["hash"],
     )
     log_bad(result.bad, result.rows, on_bad=on_bad)
+    if result.straddling:
+        logger.warning("%d groups or sets of equal images lie on both sides of the given split", result.straddling)
     return result
 
 
@@ -210,12 +232,14 @@ def extract_manifest(
         raise DataError(
             f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.root} is readable"
         )
+    labelled = manifest.labels >= 0
     return Extraction(
         cache=store.folder,
         rows=manifest.n_rows,
         computed=outcome.computed,
         reused=outcome.reused,
         bad=bad_images(manifest, outcome.bad),
+        straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
         dim=backbone.dim,
         seconds={"decode": 0.0, "forward": 0.0, "write": 0.0} | watch.seconds(),
         engine=EagerEngine.name,

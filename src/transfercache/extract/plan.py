@@ -26,8 +26,7 @@ class Plan:
 
     pending: dict[int, list[PendingImage]]  # shard, or NEW_SHARD -> slots to fill
     new_digests: npt.NDArray[np.uint8]  # uint8 [n, 32] of the new shard, in slot order
-    n_wanted: int  # distinct (digest, view) pairs
-    n_reused: int  # of those, already in the cache
+    n_reused: int  # distinct (digest, view) pairs that the cache holds already
 
     @property
     def n_pending(self) -> int:
@@ -55,7 +54,7 @@ def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[
         pending.setdefault(shard, []).append(PendingImage(slot=slot, row=row))
     new_digests = np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32)
     n_pending = sum(map(len, pending.values()))
-    return Plan(pending, new_digests, n_wanted=len(wanted), n_reused=len(wanted) - n_pending)
+    return Plan(pending, new_digests, n_reused=len(wanted) - n_pending)
 
 
 def first_rows(manifest: Manifest) -> dict[bytes, int]:

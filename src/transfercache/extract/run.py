@@ -41,28 +41,36 @@ def extract_into(
     """Compute the embeddings that `store` lacks and publish the rows of `manifest`; hashed, split and labelled.
 
     The store is locked for the whole time. An interruption leaves what was committed: the next call goes on from it.
-    `describe_run` makes the provenance record of a run that changed something.
+    `describe_run` makes the provenance record of a run, an interrupted one's too: its seconds are part of the cost.
     """
     with store.writing():
-        plan = plan_extraction(manifest, store.slots(), unfinished=_unfinished(store))
+        before = store.slots()
+        plan = plan_extraction(manifest, before, unfinished=_unfinished(store))
         reasons = dict(manifest.unreadable)
         if plan.n_pending:
-            reasons |= _fill(
-                store,
-                plan,
-                manifest,
-                make_engine(),
-                preprocessing,
-                batch_size=batch_size,
-                workers=workers,
-                watch=watch,
-            )
+            try:
+                reasons |= _fill(
+                    store,
+                    plan,
+                    manifest,
+                    make_engine(),
+                    preprocessing,
+                    batch_size=batch_size,
+                    workers=workers,
+                    watch=watch,
+                )
+            except BaseException:
+                n_committed = int(store.slots().valid.sum() - before.valid.sum())
+                store.record(describe_run(Outcome(n_committed, plan.n_reused, bad={})))
+                raise
         for shard in _unfinished(store):
             store.finish_shard(shard)
         rows = _publishable_rows(manifest, slot_of(store.slots()), reasons)
         bad = {row: rows.reason[row] for row in np.flatnonzero(rows.status == BAD).tolist()}
         outcome = Outcome(computed=_n_computed(plan, manifest, bad), reused=plan.n_reused, bad=bad)
-        store.publish(rows, class_names=manifest.class_names, run=describe_run(outcome))
+        store.publish(
+            rows, class_names=manifest.class_names, run=describe_run(outcome), has_given_split=manifest.has_given_split
+        )
     return outcome
 
 
@@ -131,7 +139,6 @@ def _publishable_rows(
         label=manifest.labels,
         split=manifest.split,
         group=manifest.component(),
-        given_group=manifest.group,
         status=np.where(is_bad, BAD, OK).astype(np.uint8),
         reason=tuple(reason),
         shard=np.where(is_bad, -1, shard).astype(np.int32),
