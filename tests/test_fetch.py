@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import re
+import socket
 import stat
 import threading
 import zipfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from transfercache import fetch as fetch_module
 from transfercache.errors import DataError, DownloadError, LockedError
 from transfercache.fetch import download, unpack_zip, whole_folder
 from transfercache.files import locked
@@ -149,6 +151,30 @@ def test_download__unreachable_says_url_and_way_out(tmp_path: Path) -> None:
     assert message.startswith("http://127.0.0.1:9/file.bin: cannot be downloaded (")
     assert message.endswith(f"or put the file at {tmp_path / 'file.bin'} yourself")
     assert caught.value.exit_code == 5
+
+
+def test_download__name_lookup_that_hangs_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(fetch_module, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: ended.wait(60))
+    try:
+        with pytest.raises(
+            DownloadError, match=r"no answer to the name lookup of some\.host within 0\.05 s\); run the"
+        ):
+            fetch("https://some.host:444/file.bin", tmp_path / "file.bin")
+    finally:
+        ended.set()
+
+
+def test_download__through_a_proxy_looks_up_no_other_host(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts: list[str] = []
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *args: hosts.append(host) or real(host, *args))
+    monkeypatch.setenv("http_proxy", server.url.removesuffix("/file.bin"))
+    assert fetch("http://some.host/file.bin", tmp_path / "file.bin").read_bytes() == BODY
+    assert set(hosts) == {"127.0.0.1"}
 
 
 def test_download__missing_on_the_server(server: Server, tmp_path: Path) -> None:

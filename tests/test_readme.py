@@ -58,7 +58,7 @@ def test_readme_commands__run_in_order(folder: Path) -> None:
         weights = ["--weights", "random"] if words[1] in NEEDS_WEIGHTS else []
         run([str(Path(sys.executable).with_name("tlc")), *words[1:], *weights], folder)
     lines_out = (folder / "predictions.csv").read_text(encoding="utf-8").splitlines()
-    assert lines_out[0] == "path,label,probability,reason"
+    assert lines_out[0] == "path,label,probability,reason,label_2,probability_2"
     assert len(lines_out) == 1 + 8
     assert {line.split(",")[1] for line in lines_out[1:]} <= {"cats", "dogs"}
 

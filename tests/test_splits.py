@@ -100,7 +100,10 @@ def test_hash_split__adding_a_file_moves_at_most_one_other(numbers: list[int], n
         return {file for file, code in zip(files, split.tolist(), strict=True) if code == Split.VAL}
 
     moved = val_files(numbers) ^ val_files([*numbers, new])
-    assert len(moved - {new}) <= 1
+    most_copies = max(map(numbers.count, numbers))
+    target = max(1, int(fraction * len(numbers) + 0.5))
+    if most_copies <= 2 * target:  # otherwise a set of copies may come to count as small enough to move
+        assert len(moved - {new}) <= 1
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=40), st.integers(0, 40))

@@ -7,15 +7,18 @@ import logging
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import tempfile
+import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +30,8 @@ from transfercache.version import __version__
 
 _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 18
+#: For the name lookup, and for every answer of the server.
+_WAIT_SECONDS = 5.0
 #: 32 bits, as in the names of torch hub files; fewer digits would prove too little.
 _MIN_DIGITS = 8
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
@@ -36,11 +41,11 @@ _ARCHIVE_ERRORS = (
 )
 
 
-def download(url: str, destination: Path, *, sha256: str, max_bytes: int, connect_seconds: float = 5.0) -> Path:
+def download(url: str, destination: Path, *, sha256: str, max_bytes: int) -> Path:
     """Bring `url` to `destination`, verified, and return it; a file that is there and right needs no network.
 
     `sha256` is the digest in hex, or its first digits (at least 8). An interrupted download leaves
-    `<destination>.part` and goes on from there. `connect_seconds` bounds every wait for the server, not the whole.
+    `<destination>.part` and goes on from there. Every wait is bounded, not the whole.
     Raises DownloadError: unreachable, larger than `max_bytes`, or of another digest, and also where a file of
     another digest stands at `destination` already (it is never overwritten).
     """
@@ -56,7 +61,7 @@ def download(url: str, destination: Path, *, sha256: str, max_bytes: int, connec
     with resource_errors(destination):
         destination.parent.mkdir(parents=True, exist_ok=True)
     with locked(destination.with_name(f".{destination.name}.lock"), what=str(destination)):
-        _fill(part, url, destination, max_bytes=max_bytes, seconds=connect_seconds)
+        _fill(part, url, destination, max_bytes=max_bytes)
         try:
             _verify(part, digits, f"nothing was kept of {url}; run the same command again")
         except DownloadError:
@@ -72,12 +77,12 @@ def _verify(path: Path, digits: str, next_step: str) -> None:
         raise DownloadError(f"{path}: its SHA-256 is {found[: len(digits)]}, expected {digits}; {next_step}")
 
 
-def _fill(part: Path, url: str, destination: Path, *, max_bytes: int, seconds: float) -> None:
+def _fill(part: Path, url: str, destination: Path, *, max_bytes: int) -> None:
     """Bring `part` to its full length; a connection that broke after bringing something is taken up again."""
     while True:
         before = _size(part)
         try:
-            if _receive(part, url, max_bytes=max_bytes, seconds=seconds):
+            if _receive(part, url, max_bytes=max_bytes):
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
@@ -101,14 +106,14 @@ def _unreachable(url: str, destination: Path, reason: str) -> str:
     )
 
 
-def _receive(part: Path, url: str, *, max_bytes: int, seconds: float) -> bool:
+def _receive(part: Path, url: str, *, max_bytes: int) -> bool:
     """Append what the server sends to `part`, little more than `max_bytes` in all; True where that completes it."""
     held = _size(part)
     headers = {"User-Agent": f"transfercache/{__version__}", "Accept-Encoding": "identity"}
     if held:
         headers["Range"] = f"bytes={held}-"
     try:
-        response = _opener().open(urllib.request.Request(url, headers=headers), timeout=seconds)
+        response = _opener().open(urllib.request.Request(url, headers=headers), timeout=_WAIT_SECONDS)
     except urllib.error.HTTPError as error:
         if held and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             error.close()
@@ -129,11 +134,34 @@ def _receive(part: Path, url: str, *, max_bytes: int, seconds: float) -> bool:
     return total is None or held == total
 
 
+class _NameLookup(urllib.request.BaseHandler):
+    """Waits for the lookup of the host, or of its proxy, before it is connected to: no socket timeout bounds that."""
+
+    handler_order = 300  # after ProxyHandler, which puts the proxy in the host's place; before those that connect
+
+    def http_open(self, request: urllib.request.Request) -> None:
+        host = urllib.parse.urlsplit(f"//{request.host}").hostname
+        # A daemon: a lookup that never ends must not keep the process.
+        lookup = threading.Thread(target=_look_up, args=(host,), daemon=True)
+        lookup.start()
+        lookup.join(_WAIT_SECONDS)
+        if lookup.is_alive():
+            raise TimeoutError(f"no answer to the name lookup of {host} within {_WAIT_SECONDS:g} s")
+
+    https_open = http_open
+
+
+def _look_up(host: str | None) -> None:
+    with suppress(OSError, UnicodeError):  # connecting will say so
+        socket.getaddrinfo(host, None)
+
+
 def _opener() -> urllib.request.OpenerDirector:
     """Return an opener without urllib's file, ftp and data handlers, so that no redirect leads to them."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
+        _NameLookup(),
         urllib.request.HTTPHandler(),
         urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),

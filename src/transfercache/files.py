@@ -34,17 +34,46 @@ def write_atomic(path: Path, data: bytes) -> None:
 
     Raises ResourceError where the disk is full or the folder cannot be written; the old file is kept.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling to write, which replaces `path` when the block ends well; else the old file stays.
+
+    Raises ResourceError as `write_atomic` does, and at once where `path` is a folder.
+    """
+    temporary = _temporary(path)
     with resource_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
+            yield temporary
+            with open(temporary, "ab") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         sync_folder(path.parent)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path`, and prove that a file can be made there before hours of work go into it.
+
+    Raises ResourceError naming `path`, also where it is a folder.
+    """
+    with resource_errors(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = _temporary(path)
+        probe.touch()
+        probe.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 @contextmanager

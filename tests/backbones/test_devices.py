@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transfercache.backbones.devices import device_name, pick_device, synchronize
+from transfercache.backbones.devices import device_name, memory_errors, pick_device, synchronize
 from transfercache.errors import ResourceError, UsageError
 
 
@@ -36,3 +36,29 @@ def test_pick_device__unknown() -> None:
 def test_cpu__has_a_name_and_nothing_to_wait_for() -> None:
     synchronize(torch.device("cpu"))
     assert len(device_name(torch.device("cpu"))) > 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_memory_errors__name_the_device_and_the_way_out(error: RuntimeError) -> None:
+    message = "^cpu: out of memory for a batch of images; give a smaller --batch-size$"
+    with pytest.raises(ResourceError, match=message), memory_errors(torch.device("cpu")):
+        raise error
+
+
+def test_memory_errors__of_the_allocator_of_this_machine() -> None:
+    with pytest.raises(ResourceError, match="out of memory"), memory_errors(torch.device("cpu")):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def test_memory_errors__leave_others_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), memory_errors(torch.device("cpu")):
+        torch.ones(2, 3) @ torch.ones(2, 3)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,10 @@ def test_folder_without_an_image__names_what_is_there(tlc: Run, tmp_path: Path) 
     ("text", "message"),
     [
         ("file,label\na.png,x\n", "has no column 'path' (its columns: 'file', 'label'); name it in the first line"),
-        ("path,label\nnone.png,x\n", "line 2: 'none.png' does not exist; paths are relative to "),
+        (
+            "path,label\nnone.png,x\n",
+            "line 2: 'none.png' does not exist, nor does any other file that it lists; paths are relative to ",
+        ),
         ("path,label\n", "no row below the header; add one line per image"),
         ("path,label\na.png,x,y\n", "line 2 has 3 values, the header 2; put quotes around values that hold commas"),
         (
@@ -149,8 +154,8 @@ def test_unreadable_images__are_predicted_as_such(tlc: Run, made: Path, partly_b
     ended = tlc("predict", head, "pets", "--out=all.csv", "--on-bad=skip")
     assert (ended.code, ended.out) == (0, "all.csv: 12 images\n")
     lines = (tmp_path / "all.csv").read_text().splitlines()
-    assert lines[0] == "path,label,probability,reason"
-    assert lines[7] == "cat/text.jpg,,,not an image (it starts like HTML)"
+    assert lines[0] == "path,label,probability,reason,label_2,probability_2"
+    assert lines[7] == "cat/text.jpg,,,not an image (it starts like HTML),,"
     assert len(lines) == 16
 
 
@@ -161,6 +166,8 @@ def test_unreadable_images__are_left_out_of_fine_tuning(tlc: Run, partly_bad: Pa
     document = json.loads(ended.out)
     assert document["bad"] == BAD
     assert Path(document["model"]).is_file()
+    assert sum(item["n_train"] for item in document["reported"]["per_class"]) == document["n_train"]
+    assert f"next: tlc predict {document['model']} pets\n" in ended.err
 
 
 def test_no_readable_image(tlc: Run, tmp_path: Path) -> None:
@@ -263,6 +270,42 @@ def test_device_that_is_absent(tlc: Run, made: Path) -> None:
     assert line.endswith("sees no mps device on this machine; pass --device auto")
 
 
+@pytest.mark.parametrize("command", ["train-head", "finetune"])
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("folder", "folder: cannot be written (Is a directory); choose another path"),
+        ("taken/model", "taken/model: cannot be written ("),
+    ],
+)
+def test_out_that_cannot_be_written__is_refused_before_training(
+    tlc: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, out: str, message: str
+) -> None:
+    def training(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("transfercache.commands.train.fit_head", training)
+    monkeypatch.setattr("transfercache.commands.finetune.train", training)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "taken").touch()
+    data = (_cache_of(made),) if command == "train-head" else (made / "pets", "--weights=random")
+    line = _refused(tlc, command, *data, "--out", out, code=6)
+    assert line.startswith(f"tlc: {message}")
+
+
+@pytest.mark.parametrize("command", ["extract-features", "finetune"])
+def test_batch_that_does_not_fit_into_memory(
+    tlc: Run, made: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    for module in ("backbones.engines", "finetuning.trainer"):
+        monkeypatch.setattr(f"transfercache.{module}.normalise", refuse)
+    line = _refused(tlc, command, made / "pets", "--weights=random", "--device=cpu", code=6)
+    assert line == "tlc: cpu: out of memory for a batch of images; give a smaller --batch-size"
+
+
 # --- caches and models
 
 
@@ -272,6 +315,68 @@ def test_no_cache_of_the_data__names_the_command_that_makes_it(tlc: Run, made: P
         f"tlc: {made}/pets: no cache of it for resnet18 under cache; "
         f"make it with: tlc extract-features {made}/pets --backbone resnet18 --weights random"
     )
+    line = _refused(tlc, "train-head", made / "pets", "--weights=random", "--cache-dir=none yet", code=3)
+    assert line.endswith(
+        f"tlc extract-features {made}/pets --backbone resnet18 --weights random --cache-dir 'none yet'"
+    )
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "moved", "resized", "touched", "class"])
+def test_data_that_has_changed_since__names_the_command_that_takes_it_in(
+    tlc: Run, made: Path, tmp_path: Path, change: str
+) -> None:
+    shutil.copytree(made / "pets", tmp_path / "pets")
+    a_day_ago = time.time() - 86400
+    for path in (tmp_path / "pets").rglob("*.png"):
+        os.utime(path, (a_day_ago, a_day_ago))
+    words = ("--weights=random", "--backbone=mobilenet_v3_small", "--cache-dir=here")
+    assert tlc("extract-features", "pets", *words).code == 0
+    assert tlc("train-head", "pets", *words, "--C=1").code == 0
+    first = tmp_path / "pets/cat/00.png"
+    if change == "added":
+        shutil.copy(first, tmp_path / "pets/cat/99.png")
+    elif change == "removed":
+        first.unlink()
+    elif change == "moved":
+        first.rename(tmp_path / "pets/dog/99.png")
+    elif change == "resized":
+        first.write_bytes(first.read_bytes() + b"more")
+        os.utime(first, (a_day_ago, a_day_ago))
+    elif change == "touched":
+        os.utime(first)
+    else:
+        (tmp_path / "pets/newt").mkdir()
+    line = _refused(tlc, "train-head", "pets", *words, "--C=1", code=3)
+    (cache,) = (tmp_path / "here").iterdir()
+    command = "tlc extract-features pets --backbone mobilenet_v3_small --weights random --cache-dir here"
+    assert line == f"tlc: pets: has changed since here/{cache.name} was made; bring that up to date: {command}"
+    assert tlc(*command.split()[1:]).code == 0
+    assert tlc("train-head", "pets", *words, "--C=1").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--solver=linear", "--C=auto"), "--C belongs to --solver logistic, and linear has none"),
+        (("--solver=knn", "--C=1"), "--C belongs to --solver logistic, and knn has none"),
+        (("--solver=knn", "--class-weight=none"), "--class-weight belongs to --solver logistic and linear, and knn"),
+        (("--solver=knn", "--optimizer=lbfgs"), "--optimizer belongs to --solver linear, and knn has none"),
+        (("--optimizer=adamw",), "--optimizer belongs to --solver linear, and logistic has none"),
+    ],
+)
+def test_setting_of_another_solver(tlc: Run, made: Path, words: tuple[str, ...], line: str) -> None:
+    assert _refused(tlc, "train-head", _cache_of(made), *words, code=2).startswith(f"tlc: {line}")
+
+
+def test_split_of_data_that_gives_its_own(tlc: Run, draw_photos: Any, tmp_path: Path) -> None:
+    draw_photos(tmp_path / "pets/train", 3)
+    draw_photos(tmp_path / "pets/val", 2, class_names=("cat", "dog"))
+    words = ("pets", "--weights=random", "--backbone=mobilenet_v3_small", "--json")
+    cache = json.loads(tlc("extract-features", *words).out)["cache"]
+    for flag in ("--split-seed=0", "--val-fraction=0.5"):
+        line = _refused(tlc, "train-head", cache, flag, code=2)
+        name = flag.partition("=")[0]
+        assert line == f"tlc: {name}: the data of {cache} gives its own split, which stays; leave the flag out"
 
 
 def test_data_of_a_cache__is_as_good_as_the_cache(tlc: Run, made: Path) -> None:

@@ -68,5 +68,5 @@ def test_compare__interrupted__finished_rows_are_printed_and_kept(
     assert "not finished: finetune." in err
     assert any(line.split()[:1] == ["pixels-knn"] for line in err.splitlines())
     assert "next:" not in err
-    assert len(list((tmp_path / "cache" / "results").glob("*.json"))) == 1
+    assert len(list((tmp_path / "cache" / "results").glob("*.safetensors"))) == 1
     assert "kept from" in tlc(*words, "--strategies=pixels-knn").err

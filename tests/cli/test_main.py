@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from transfercache.errors import Terminated
 from transfercache.version import __version__
 
 Run = Callable[..., Any]
@@ -30,6 +31,12 @@ def test_no_words__shows_the_help(tlc: Run) -> None:
     assert "Usage: tlc" in ended.out
     assert "train-head" in ended.out
     assert "Exit codes" in ended.out
+
+
+def test_help__shows_the_defaults_that_a_command_fills_in(tlc: Run) -> None:
+    text = " ".join(tlc("train-head", "--help").out.replace("\u2502", " ").split())
+    for default in ("(auto)", "(adamw)", "(the cache's own split)", "(under ./models)", "(./cache)"):
+        assert f"[default: {default}" in text
 
 
 @pytest.mark.parametrize("words", [("-h",), ("--help",), ("predict", "-h")])
@@ -95,7 +102,8 @@ def test_error__without_debug__is_one_line(tlc: Run) -> None:
             r"tlc: a bug in tlc: ZeroDivisionError: by\nzero; run it again with --debug",
         ),
         (MemoryError(), 6, "tlc: out of memory; a smaller --batch-size or fewer --workers need less"),
-        (KeyboardInterrupt(), 130, "tlc: interrupted; what was computed is kept"),
+        (KeyboardInterrupt(), 130, "tlc: interrupted\n"),
+        (Terminated("told to end (SIGTERM)"), 143, "tlc: told to end (SIGTERM)\n"),
     ],
 )
 def test_unexpected_error__has_its_code_and_line(
@@ -109,6 +117,46 @@ def test_unexpected_error__has_its_code_and_line(
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith(line)
     assert ended.err.count("\n") == 1
+
+
+KEPT = "; what was computed is kept, and the same command goes on from there"
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "words", "rest"),
+    [
+        ("extract", "extract_features", ("extract-features", "x"), KEPT),
+        ("compare", "compare", ("compare", "x"), KEPT),
+        ("demo", "demo", ("demo",), KEPT),
+        ("finetune", "finetune", ("finetune", "x"), "; nothing of an unfinished fine-tuning is kept"),
+        ("predict", "predict", ("predict", "x", "y"), ""),
+    ],
+)
+@pytest.mark.parametrize(
+    ("error", "code", "start"),
+    [
+        (KeyboardInterrupt(), 130, "tlc: interrupted"),
+        (Terminated("told to end (SIGTERM)"), 143, "tlc: told to end (SIGTERM)"),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_interruption__says_what_this_command_keeps(
+    tlc: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    command: str,
+    words: tuple[str, ...],
+    rest: str,
+    error: BaseException,
+    code: int,
+    start: str,
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"transfercache.commands.{module}.{command}", failing)
+    ended = tlc(*words)
+    assert (ended.code, ended.out, ended.err) == (code, "", f"{start}{rest}\n")
 
 
 def test_json__is_the_only_thing_on_stdout(tlc: Run, made: Path) -> None:

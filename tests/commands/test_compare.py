@@ -101,7 +101,7 @@ def test_compare__kept_results_and_fresh_ones(photos: Path) -> None:
     assert [item["seconds"] for item in again.to_json()["strategies"]] == [
         item["seconds"] for item in first.to_json()["strategies"]
     ]
-    assert len(list((photos / "cache" / "results").glob("*.json"))) == 3
+    assert len(list((photos / "cache" / "results").glob("*.safetensors"))) == 3
 
 
 def test_compare__relabelled_rows_are_compared_anew(photos: Path) -> None:
@@ -202,6 +202,45 @@ def test_next_command__trains_what_was_most_accurate(photos: Path) -> None:
     command = run(photos).next_command
     (cache,) = (photos / "cache").glob("photos-*")
     assert command == ("tlc", "train-head", str(cache), "--solver", "logistic")
+
+
+def test_next_command__same_rows_as_were_compared(photos: Path) -> None:
+    fixes = photos / "fixes.csv"
+    fixes.write_text("path,label\ntrain/red/0.png,blue\n")
+    rows = {"labels": fixes, "val_fraction": 0.4, "split_seed": 3}
+    words = ("--labels", str(fixes), "--val-fraction", "0.4", "--split-seed", "3")
+    assert run(photos, strategies="logistic", epochs=1, **rows).next_command[-6:] == words
+    finetuned = run(photos, strategies="finetune", epochs=1, **rows).next_command
+    data = str(photos / "photos")
+    start = ("tlc", "finetune", data, "--backbone", "resnet18", "--weights", "random")
+    assert finetuned == (*start, *words, "--epochs", "1")
+    assert run(photos, strategies="pixels-knn", split_seed=3).next_command == (
+        "tlc",
+        "compare",
+        data,
+        "--split-seed",
+        "3",
+    )
+
+
+def test_compare__straddling_rows_are_counted_once_and_alike(photos: Path) -> None:
+    # Among them rows that are labelled but not compared: those of val, where there is a test split.
+    shutil.copytree(photos / "photos" / "val", photos / "photos" / "test")
+    shutil.copy(photos / "photos" / "train" / "red" / "0.png", photos / "photos" / "val" / "red" / "copy.png")
+    result = run(photos, strategies="pixels-knn")
+    assert result.to_json()["straddling"] == 7
+    (warning,) = (line for line in result.summary.warnings if "lie on both sides" in line)
+    assert warning.startswith("7 groups")
+    assert result._repr_html_().count("lie on both sides") == 1
+
+
+def test_as_demo__document_title_and_next_command(photos: Path) -> None:
+    what = {"data": "digits", "backbone": "efficientnet_lite0", "why": "no network"}
+    result = run(photos, strategies="pixels-knn").as_demo(what, note="in place of others")
+    assert result.to_json()["demo"] == what
+    assert "(in place of others)" in result._repr_html_()
+    assert result.next_command == ("tlc", "compare", "my_photos/", "--backbone", "efficientnet_lite0")
+    assert "demo" not in run(photos, strategies="pixels-knn").to_json()
 
 
 @pytest.mark.parametrize(

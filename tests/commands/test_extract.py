@@ -131,6 +131,18 @@ def test_same_name__of_another_root__gets_a_folder_of_its_own(
     np.testing.assert_array_equal(other.arrays()[0], extraction.arrays()[0])
 
 
+def test_csv_in_a_folder_of_its_name__has_a_cache_of_its_own(pets: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pets, tmp_path / "pets")
+    (folder / "pets.csv").write_text("path,label\ncat/0.png,cat\ncat/none.png,cat\ndog/1.png,dog\n")
+    words = {"backbone": "mobilenet_v3_small", "weights": "random"}
+    whole, listed = (extract_features(data, **words) for data in (folder, folder / "pets.csv"))
+    assert whole.cache != listed.cache
+    assert (whole.rows, listed.rows, listed.computed) == (16, 3, 2)
+    assert [item.to_json() for item in listed.bad] == [
+        {"path": "cat/none.png", "reason": "does not exist (pets.csv, line 3)"}
+    ]
+
+
 def test_cache_dir__from_the_environment(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRANSFERCACHE_DIR", str(tmp_path / "elsewhere"))
     result = extract_features(pets, backbone="mobilenet_v3_small", weights="random")
@@ -155,12 +167,14 @@ def test_on_bad__says_so_unless_that_was_accepted(pets: Path, tmp_path: Path, ca
 
 def test_other_files__are_counted_and_named_once(pets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shutil.copytree(pets, tmp_path / "pets")
-    for name in ("cat/a.txt", "cat/b.txt", "dog/c.gif"):
+    for name in ("cat/a.txt", "cat/b.txt", "dog/c.gif", "dog/.d.png", "loose.png"):
         (tmp_path / "pets" / name).touch()
     extract_features("pets", backbone="mobilenet_v3_small", weights="random")
     assert caplog.messages == [
-        "left out: cat/a.txt and 1 more of that kind (no image by its name, hidden, or outside the class folders)",
-        "left out: dog/c.gif (no image by its name, hidden, or outside the class folders)",
+        "left out: cat/a.txt and 1 more (not an image by its extension .txt)",
+        "left out: dog/.d.png (hidden)",
+        "left out: dog/c.gif (not an image by its extension .gif)",
+        "left out: loose.png (beside the class folders)",
     ]
 
 

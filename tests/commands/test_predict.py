@@ -16,7 +16,7 @@ from transfercache.commands.finetune import FinetuneOutcome, finetune
 from transfercache.commands.inputs import finish_manifest
 from transfercache.commands.predict import load, predict
 from transfercache.commands.train import train_head
-from transfercache.errors import CacheError, ModelError, WeightsError
+from transfercache.errors import CacheError, ModelError, ResourceError, WeightsError
 from transfercache.images.sources import read_source
 from transfercache.splits import Split
 from transfercache.stopwatch import Stopwatch
@@ -130,6 +130,79 @@ def test_out__has_every_image_in_order(head: Path, unlabelled: Extraction, tmp_p
         assert [(row["path"], row["label"], float(row["probability"])) for row in rows] == [
             (image.path, image.label, image.probability) for image in every
         ]
+
+
+def test_out__csv_has_as_many_classes_as_top_asks_for(head: Path, unlabelled: Extraction, tmp_path: Path) -> None:
+    headers = {}
+    for top in (1, 2, 5):
+        result = predict(head, unlabelled.cache, top=top, out=tmp_path / "all.csv")
+        lines = (tmp_path / "all.csv").read_text().splitlines()
+        headers[top] = lines[0]
+    assert headers[1] == "path,label,probability,reason"
+    assert headers[2] == headers[5] == "path,label,probability,reason,label_2,probability_2"
+    (_, second) = result.images[0].top
+    row = next(csv.DictReader(lines))
+    assert (row["label_2"], float(row["probability_2"]), row["reason"]) == (*second, "")
+
+
+def test_out__of_a_run_that_fails__stays_what_it_was(
+    head: Path, unlabelled: Extraction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "all.csv"
+    out.parent.mkdir()
+    out.write_text("precious")
+    model = load(head)
+    rows = model._cache_rows
+
+    def interrupted(folder: Path) -> object:
+        yield next(rows(folder))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "_cache_rows", lambda _, folder: interrupted(folder))
+    with pytest.raises(KeyboardInterrupt):
+        model.predict(unlabelled.cache, out=out)
+    assert [path.read_text() for path in out.parent.iterdir()] == ["precious"]
+    with pytest.raises(ResourceError, match=r"folder\.csv: cannot be written \(Is a directory\)"):
+        predict(head, unlabelled.cache, out=_made(tmp_path / "folder.csv"))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_predict__of_a_folder__takes_every_image_below_and_finds_its_cache(
+    head: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    photos = [path.name for path in sorted(flat.iterdir())[:4]]
+    for name, folder in zip(photos, ("photos", "photos/early", "photos/late/deep", "photos/early"), strict=True):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(flat / name, tmp_path / folder)
+    extract_features("photos", backbone="mobilenet_v3_small", weights="random")  # of class folders: three of the four
+    (tmp_path / "photos/notes.txt").touch()
+    caplog.clear()
+    model = load(head)
+    engine, seen = model.engine, []
+    embed = engine.embed
+    monkeypatch.setattr(engine, "embed", lambda pixels: seen.append(len(pixels)) or embed(pixels))
+    result = model.predict("photos")
+    assert [image.path for image in result.images] == [
+        photos[0],
+        f"early/{photos[1]}",
+        f"early/{photos[3]}",
+        f"late/deep/{photos[2]}",
+    ]
+    assert seen == [1]
+    assert caplog.messages == ["left out: notes.txt (not an image by its extension .txt)"]
+
+
+def test_next_command__names_the_same_inputs(head: Path, unlabelled: Extraction, flat: Path, tmp_path: Path) -> None:
+    start = ("tlc", "predict", str(head), str(unlabelled.cache))
+    assert predict(head, unlabelled.cache).next_command == (*start, "--out", "predictions.csv")
+    result = predict(head, unlabelled.cache, out=tmp_path / "all.csv")
+    assert result.next_command == (*start, "--out", str(tmp_path / "all.jsonl"))
+    many = predict(head, sorted(flat.iterdir())[:4])
+    assert many.next_command == ("tlc", "predict", str(head), str(flat), "--out", "predictions.csv")
 
 
 def test_predict__of_a_cache_with_a_model_of_other_weights(head: Path, extraction: Extraction) -> None:

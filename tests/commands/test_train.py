@@ -80,7 +80,7 @@ def test_labels__of_an_unlabelled_cache__split_as_extraction_does(
     fixes.write_text("path,label\n" + "".join(f"{p.name},{p.stem[4:]}\n" for p in sorted(flat.iterdir())[:40]))
     with pytest.raises(DataError, match=r"fewer than two classes with training images \(none has any\)"):
         train_head(unlabelled)
-    table = labelled_table(unlabelled.open(), labels=fixes, val_fraction=0.2, split_seed=0)
+    table = labelled_table(unlabelled.open(), labels=fixes, val_fraction=None, split_seed=None)
     assert table.class_names == ("cat", "dog")
     assert np.bincount(table.labels + 1).tolist() == [60, 20, 20]
     assert np.bincount(table.split).tolist() == [60, 32, 8]
@@ -106,7 +106,36 @@ def test_labels__with_bad_images__split_as_extraction_does(flat: Path, tmp_path:
     fixes.write_text("path,label\n" + "".join(f"{p.name},{p.stem[4:]}\n" for p in sorted(folder.iterdir())))
     words = {"backbone": "mobilenet_v3_small", "weights": "random", "on_bad": "skip"}
     plain = extract_features(folder, **words)
-    table = labelled_table(plain.open(), labels=fixes, val_fraction=0.2, split_seed=0)
+    table = labelled_table(plain.open(), labels=fixes, val_fraction=None, split_seed=None)
     relabelled = extract_features(folder, **words, labels=fixes).table()
     np.testing.assert_array_equal(relabelled.split, table.split)
     np.testing.assert_array_equal(relabelled.labels, table.labels)
+
+
+def test_split_seed_and_val_fraction__draw_the_split_that_extraction_draws(
+    extraction: Extraction, pets: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(extraction.cache.parent, tmp_path / "cache")
+    for words in ({"split_seed": 3}, {"val_fraction": 0.5}, {"split_seed": 1, "val_fraction": 0.25}):
+        again = extract_features(pets, weights="random", cache_dir=tmp_path / "cache", **words)
+        drawn = labelled_table(extraction.open(), labels=None, **{"split_seed": None, "val_fraction": None, **words})
+        assert again.computed == 0
+        np.testing.assert_array_equal(drawn.split, again.table().split)
+    result = train_head(extraction, val_fraction=0.5, C=1.0)
+    assert result.reported is not None
+    assert (result.n_train, result.reported.n) == (8, 8)
+
+
+def test_labels__of_data_that_gives_its_split__leave_new_rows_in_none(pets: Path, flat: Path, tmp_path: Path) -> None:
+    lines = ["path,label,split"]
+    for split, numbers in (("train", range(5)), ("val", range(5, 8))):
+        lines += [f"{pets}/{name}/{i}.png,{name},{split}" for name in ("cat", "dog") for i in numbers]
+    lines += [f"{flat}/{path.name},," for path in sorted(flat.iterdir())[:4]]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    cache = extract_features(tmp_path / "rows.csv", backbone="mobilenet_v3_small", weights="random").open()
+    assert cache.catalogue.has_given_split
+    (tmp_path / "fixes.csv").write_text("path,label\n" + "".join(f"{path},cat\n" for path in cache.rows.path[-4:]))
+    table = labelled_table(cache, labels=tmp_path / "fixes.csv", val_fraction=None, split_seed=None)
+    assert table.labels[-4:].tolist() == [0, 0, 0, 0]
+    np.testing.assert_array_equal(table.split, cache.rows.split)
+    assert table.split[-4:].tolist() == [0, 0, 0, 0]

@@ -28,14 +28,10 @@ from transfercache.spec import ExtractSpec, Preprocessing
 
 COLOURS = {"blue": (40, 60, 200), "red": (200, 60, 40)}
 PIXELS = Preprocessing(36, 32, "bilinear", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-RECORD = {
-    "seconds": 12.0,
-    "images": 14,
-    "device": "a processor",
-    "machine": {"cores": 2},
-    "date": "2026-11-01T10:00:00+00:00",
-    "is_from_this_run": True,
-}
+HERE = {"device": "a processor", "machine": {"cores": 2, "vector_units": "AVX2"}}
+ELSEWHERE = {"device": "a graphics card", "machine": {"cores": 16, "vector_units": "AVX-512"}}
+RUN = {**HERE, "date": "2026-11-01T10:00:00+00:00", "seconds": 12.0, "images": 14}
+RECORD = {**RUN, "is_complete": True, "is_from_this_run": True, "runs": [RUN]}
 
 
 def write_photos(folder: Path, **per_split: int) -> Path:
@@ -164,7 +160,7 @@ def make_result(predicted: list[int], **changes: Any) -> RunResult:
         chosen={"neighbours": 5},
         best_on_reported=None,
         extraction=RECORD,
-        environment={"device": "a processor"},
+        environment=HERE,
         date="2026-11-25T09:00:00+00:00",
         tlc_version="0.1.0",
     )

@@ -69,7 +69,7 @@ def test_run_jobs__shortest_first_and_each_is_kept_at_once(recorded: Recorded, p
     first = next(done)
     assert isinstance(first, Entry)
     assert first.label == "instant"
-    assert [load_result(path).strategy for path in (tmp_path / "results").glob("*.json")] == ["instant"]
+    assert [load_result(path).strategy for path in (tmp_path / "results").glob("*.safetensors")] == ["instant"]
     assert [item.label for item in done] == ["medium", "slow"]
     assert recorded.ran == [("instant", 0), ("medium", 0), ("slow", 0)]
 
@@ -106,6 +106,16 @@ def test_run_jobs__deadline_leaves_out_what_will_not_be_over(recorded: Recorded,
 def test_run_jobs__deadline_counts_all_seeds(recorded: Recorded, plan: Plan) -> None:
     done = list(run_jobs(plan(recorded.make("short", work=25), seeds=3), deadline=time.perf_counter() + 60))
     assert done == [LeftOut("short", 75.0, "more than --max-minutes leaves")]
+
+
+def test_run_jobs__left_out_for_some_seeds_shows_the_finished_ones(recorded: Recorded, plan: Plan) -> None:
+    long = recorded.make("long", work=50)
+    list(run_jobs(plan(long)))
+    entry, left_out = run_jobs(plan(long, seeds=3), deadline=time.perf_counter() + 60)
+    assert isinstance(entry, Entry)
+    assert ([result.seed for result in entry.results], entry.is_kept) == ([0], True)
+    assert left_out == LeftOut("long", 100.0, "seeds 1, 2: more than --max-minutes leaves")
+    assert recorded.ran == [("long", 0)]
 
 
 def test_run_jobs__nothing_is_timed_where_nothing_trains(

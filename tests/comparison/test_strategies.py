@@ -12,7 +12,7 @@ from transfercache.backbones.registry import Backbone
 from transfercache.comparison import trained, tutorial
 from transfercache.comparison.results import save_result
 from transfercache.comparison.strategies import STRATEGIES, load_kept, pick_strategies, result_path, run_strategy
-from transfercache.comparison.strategy import Setting, Strategy
+from transfercache.comparison.strategy import Loop, Setting, Strategy
 from transfercache.config import KNN_NEIGHBOURS
 from transfercache.errors import DataError, UsageError
 from transfercache.finetuning.loop import finetune
@@ -81,7 +81,7 @@ def test_cached__probabilities_are_those_of_the_heads_room(setting: Setting) -> 
     table = setting.rows.features_of(setting.embeddings().table())
     train, queries = table.subset(setting.rows.is_train), table.features[8:]
     expected = {
-        "knn": knn_probabilities(train, queries, k=KNN_NEIGHBOURS, n_classes=2),
+        "knn": knn_probabilities(train.features, train.labels, queries, k=KNN_NEIGHBOURS, n_classes=2),
         "logistic": fit_head(train, solver="logistic", seed=5).probabilities(queries),
         "linear": fit_head(train, solver="linear", seed=5).probabilities(queries),
     }
@@ -152,6 +152,21 @@ def test_tutorial__last_epoch_is_the_figure_and_the_best_is_kept_apart(
     assert result.backbone_passes == 3 * 14
 
 
+def test_tutorial__best_epoch_counts_a_class_that_was_never_trained_on_as_wrong(
+    make_setting: MakeSetting, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Class 2 is among the reported rows alone, and the network is surest of it.
+    labels = manifest.labels.copy()
+    labels[-1] = 2
+    setting = make_setting(replace(manifest, labels=labels, class_names=("blue", "red", "sky")))
+    certain = np.tile([0.1, 0.2, 0.7], (6, 1))
+    monkeypatch.setattr(tutorial, "evaluate_epoch", lambda *_, **__: certain)
+    result = run_strategy(strategy("tutorial-frozen"), setting, seed=0)
+    assert result.predicted.tolist() == [1] * 6
+    assert result.best_on_reported == {"accuracy": pytest.approx(2 / 6), "epoch": 1}
+    assert result.chosen["by_epoch"][0]["reported_accuracy"] == result.is_right.mean()
+
+
 def test_finetune__image_that_changed_meanwhile(make_setting: MakeSetting, tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", train=4, val=3)
     setting = make_setting(read(folder))
@@ -171,6 +186,14 @@ def test_work__images_that_pass_the_network(setting: Setting, monkeypatch: pytes
     }
 
 
+def test_work__is_timed_as_the_loop_runs(setting: Setting) -> None:
+    loops = {item.name: item.work(replace(setting, workers=3)).loop for item in STRATEGIES if item.work is not None}
+    assert loops["finetune"] == loops["scratch"] == Loop(32, torch.channels_last, 3)
+    assert loops["tutorial-frozen"] == loops["tutorial-finetune"]
+    assert loops["tutorial-finetune"].batch_size == 4
+    assert loops["tutorial-finetune"].memory_format is torch.contiguous_format
+
+
 def test_result_path__changes_with_what_the_result_depends_on(
     setting: Setting, manifest: Manifest, make_setting: MakeSetting
 ) -> None:
@@ -178,7 +201,7 @@ def test_result_path__changes_with_what_the_result_depends_on(
     path = result_path(folder, strategy("finetune"), setting, 0)
     assert path.parent == folder
     assert len(path.stem) == 64
-    assert path.suffix == ".json"
+    assert path.suffix == ".safetensors"
     others = [
         result_path(folder, strategy("scratch"), setting, 0),
         result_path(folder, strategy("finetune"), setting, 1),
@@ -210,21 +233,21 @@ def test_load_kept__found_again_with_the_rows_of_today(
     make_setting: MakeSetting, backbone: Backbone, manifest: Manifest, tmp_path: Path
 ) -> None:
     result = run_strategy(strategy("knn"), make_setting(manifest), seed=0)
-    save_result(result, tmp_path / "kept.json")
+    save_result(result, tmp_path / "kept.safetensors")
     setting = make_setting(manifest)
     later = replace(setting, rows=replace(setting.rows, row=setting.rows.row + 100))
-    kept = load_kept(tmp_path / "kept.json", later)
+    kept = load_kept(tmp_path / "kept.safetensors", later)
     assert kept is not None
     assert kept.row.tolist() == [108, 109, 110, 111, 112, 113]
     assert kept.date == result.date
     assert kept.extraction == {**RECORD, "is_from_this_run": False}
-    assert load_kept(tmp_path / "other.json", later) is None
+    assert load_kept(tmp_path / "other.safetensors", later) is None
 
 
 def test_load_kept__damaged_one_is_named_and_made_again(
     setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "kept.json"
+    path = tmp_path / "kept.safetensors"
     path.write_text("{")
     with caplog.at_level(logging.WARNING):
         assert load_kept(path, setting) is None

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from transfercache.comparison.statistics import PairedCounts, difference_interva
 from transfercache.comparison.summary import Entry, LeftOut, Summary
 from transfercache.metrics import wilson_interval
 
-from .conftest import make_result
+from .conftest import ELSEWHERE, HERE, make_result
 
 # The targets are 0, 1, 0, 1, 0, 1.
 ALL_RIGHT, ONE_WRONG, THREE_WRONG = [0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 0], [1, 0, 1, 1, 0, 1]
@@ -40,11 +41,7 @@ def make_summary(*entries: Entry, **changes: Any) -> Summary:
         "unfinished": (),
         "straddling": 0,
         "warnings": (),
-        "environment": {
-            "machine": {"cores": 2, "vector_units": "AVX2"},
-            "versions": {"python": "3.11"},
-            "device": "a processor",
-        },
+        "environment": {**HERE, "versions": {"python": "3.11"}},
     }
     return Summary(**{**parts, **changes})
 
@@ -102,11 +99,21 @@ def test_break_even__cached_against_trained_on_the_same_backbone() -> None:
     other = trained("finetune (resnet34)", 90.0, backbone="resnet34")
     instant = trained("instant", 0.1)
     summary = make_summary(cached, slow, quick, other, instant)
-    assert [item.to_json() for item in summary.break_even] == [
+    assert summary.to_json()["break_even"] == [
         {"cached": "knn", "against": "finetune", "experiments": 1},
         {"cached": "knn", "against": "tutorial-frozen", "experiments": 5},
         {"cached": "knn", "against": "instant", "experiments": None},
     ]
+
+
+def test_break_even__seconds_of_another_machine_have_no_part_in_it() -> None:
+    cached, far = make_entry("knn", ALL_RIGHT), trained("finetune", 90.0, environment=ELSEWHERE)
+    other_device = trained("scratch", 90.0, environment={**HERE, "device": "a graphics card"})
+    # The second seed alone was run elsewhere, but the median is of both.
+    mixed = replace(cached, label="linear", results=(*cached.results, make_result(ALL_RIGHT, environment=ELSEWHERE)))
+    summary = make_summary(cached, mixed, far, other_device, trained("tutorial-frozen", 3.0))
+    assert [(item.cached, item.against) for item in summary.break_even] == [("knn", "tutorial-frozen")]
+    assert len(summary.pairs) == 10  # the answers are compared all the same
 
 
 def test_to_json__one_document_without_infinities() -> None:
@@ -130,6 +137,7 @@ def test_to_json__one_document_without_infinities() -> None:
     }
     assert document["strategies"][1]["best_on_reported"] == best
     assert document["strategies"][1]["extraction"] is None
+    assert document["strategies"][1]["environment"] == HERE
     assert set(document["pairs"][0]) == {"a", "b", "difference", "interval", "p"}
     assert document["left_out"] == [
         {"name": "tutorial-finetune", "estimated_seconds": 204.0, "reason": "more than --max-minutes leaves"}

@@ -12,7 +12,7 @@ from PIL import Image
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import find_or_create
 from transfercache.extract.run import Outcome, extract_into
-from transfercache.images.manifest import KnownFile, hash_files, split_rows
+from transfercache.images.manifest import hash_files, split_rows
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec, Preprocessing
 from transfercache.stopwatch import Stopwatch
@@ -69,7 +69,7 @@ class Extractor:
         )
         self.folder = store.folder
         rows = store.rows()
-        known = {} if rows is None else {path: KnownFile(*file) for path, file in rows.known_files().items()}
+        known = {} if rows is None else rows.known_files()
         manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
         manifest = split_rows(manifest, val_fraction=0.25, split_seed=0)
 

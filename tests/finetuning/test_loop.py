@@ -11,7 +11,7 @@ import torch
 
 from transfercache.backbones.engines import canary_pixels, normalise
 from transfercache.backbones.registry import Backbone, network_with_head
-from transfercache.errors import DataError, UsageError
+from transfercache.errors import DataError, ResourceError, UsageError
 from transfercache.finetuning import trainer
 from transfercache.finetuning.batches import ImageReader
 from transfercache.finetuning.loop import finetune
@@ -181,6 +181,7 @@ def test_finetune__bad_images_are_listed_and_the_run_goes_on(make_photos: MakePh
     html = "not an image (it starts like HTML)"
     assert result.bad == (("train/red/0.png", html), ("val/green/1.png", "empty file"))
     assert (result.n_train, result.head.n_train) == (9, 9)
+    assert result.n_train_per_class.tolist() == [5, 4]
     assert result.reported_rows.tolist() == [10, 12, 13, 14, 15]
     assert result.probabilities.shape == (5, 2)
     assert result.passes == 2 * 9 + 5
@@ -243,6 +244,7 @@ def test_finetune__select_keeps_the_epoch_with_the_best_held_out_loss(
     assert losses[result.chosen_epoch - 1] == min(losses)
     assert result.chosen_epoch < 4
     assert (result.n_train, result.passes) == (12, 4 * (12 + 4) + 6)
+    assert result.n_train_per_class.tolist() == [6, 6]
     assert result.head.chosen["by"] == "log loss on 0.25 of the training rows"
     # A constant rate: the same run that stops there ends in the same network.
     stopped = _run(manifest, two_stages, **{**options, "epochs": result.chosen_epoch})
@@ -310,3 +312,17 @@ def test_finetune__one_step_is_plain_sgd(make_photos: MakePhotos, two_stages: Ba
     assert result.epochs[0].train_loss == pytest.approx(loss.item(), rel=1e-6)
     np.testing.assert_allclose(result.head.weight, head.weight.detach().numpy(), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(result.head.bias, head.bias.detach().numpy(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("phase", ["train", "eval"])
+def test_finetune__a_batch_that_does_not_fit_into_memory(
+    make_photos: MakePhotos, two_stages: Backbone, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    def refuse(pixels: torch.Tensor, *_: Any) -> torch.Tensor:
+        if phase == "train" or torch.is_inference_mode_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return normalise(pixels, two_stages.preprocessing)
+
+    monkeypatch.setattr(trainer, "normalise", refuse)
+    with pytest.raises(ResourceError, match="cpu: out of memory for a batch of images; give a smaller --batch-size"):
+        _run(read(make_photos(train=4, val=2)), two_stages)

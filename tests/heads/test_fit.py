@@ -175,11 +175,17 @@ def test_fit_head__below_two_classes_is_an_error(make_table, labels, message):
         ),
         ({"solver": "knn"}, r"unknown solver 'knn'; these fit a head: logistic, linear \(knn only evaluates\)"),
         ({"class_weight": "balance"}, r"--class-weight 'balance' is not one of none, balanced \(did you mean balanced"),
-        ({"optimizer": "adam"}, r"--optimizer 'adam' is not one of adamw, lbfgs \(did you mean adamw\?\)"),
+        (
+            {"solver": "linear", "optimizer": "adam"},
+            r"--optimizer 'adam' is not one of adamw, lbfgs \(did you mean adamw\?\)",
+        ),
         ({"C": 0}, "--C 0 must be a positive number, or auto"),
         ({"C": float("nan")}, "--C nan must be a positive number, or auto"),
-        ({"C": "1"}, "--C '1' must be a positive number, or auto"),
+        ({"C": "one"}, "--C 'one' must be a positive number, or auto"),
+        ({"C": "-1"}, "--C -1.0 must be a positive number, or auto"),
         ({"solver": "linear", "C": 1.0}, "--C belongs to --solver logistic"),
+        ({"solver": "linear", "C": "auto"}, "--C belongs to --solver logistic, and linear has none; leave it out"),
+        ({"optimizer": "adamw"}, "--optimizer belongs to --solver linear, and logistic has none; leave it out"),
     ],
 )
 def test_fit_head__word_that_is_off_is_a_usage_error(make_table, blobs, words, message):

@@ -5,7 +5,10 @@ import pytest
 
 from transfercache.errors import DataError
 from transfercache.heads import knn
-from transfercache.heads.knn import knn_probabilities
+
+
+def knn_probabilities(table, queries, *, k, n_classes):
+    return knn.knn_probabilities(table.features, table.labels, queries, k=k, n_classes=n_classes)
 
 
 def unit(degrees) -> np.ndarray:

@@ -75,6 +75,17 @@ def test_decode_image__exif_orientation_is_applied_once(kind: str, orientation: 
     np.testing.assert_allclose(decoded.astype(int), seen.astype(int), atol=3)
 
 
+def test_decode_image__damage_beside_the_orientation_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> bytes:
+        raise ValueError("not to be written again")
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(quarters(), "JPEG", exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    assert decode_image(data, "a.jpg").size == (16, 32)
+
+
 def test_decode_image__damaged_exif_keeps_the_pixels() -> None:
     data = encode(quarters(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff" + b"\xff" * 30)
     assert decode_image(data, "a.jpg").size == (32, 16)

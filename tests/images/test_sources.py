@@ -38,7 +38,7 @@ def test_read_source__class_folders_in_the_row_order_of_image_folder(photos: Pat
     assert [str(manifest.path_of(row)) for row in range(manifest.n_rows)] == [path for path, _ in reference.samples]
     assert manifest.labels.tolist() == reference.targets
     assert list(manifest.class_names) == reference.classes
-    assert manifest.skipped == {"b/notes.txt": 1}
+    assert manifest.skipped == {"not an image by its extension .txt": ("b/notes.txt", 1)}
     assert (manifest.name, manifest.root, manifest.has_given_split) == ("photos", photos, False)
     assert set(manifest.split.tolist()) == {Split.NONE}
 
@@ -98,17 +98,23 @@ def test_read_source__flat_folder_is_unlabelled(photos: Path, write_image: Write
     assert manifest.paths == ("a.png", "b.jpg")
     assert manifest.labels.tolist() == [-1, -1]
     assert manifest.class_names == ()
-    assert manifest.skipped == {"readme.md": 1}
+    assert manifest.skipped == {"not an image by its extension .md": ("readme.md", 1)}
 
 
 def test_read_source__skips_hidden_files_and_counts_each_kind_once(photos: Path, write_image: Write) -> None:
     images_in(photos, write_image, "a/1.jpg", "a/._1.jpg", "b/2.jpg", "b/.h.png", ".cache/x/3.jpg", "loose.jpg")
-    for name in ("a/anim.gif", "b/other.GIF", "b/Thumbs.db"):
+    for name in ("a/anim.gif", "b/other.GIF", "b/Thumbs.db", "b/README"):
         (photos / name).write_bytes(b"x")
     manifest = read_source(photos)
     assert manifest.paths == ("a/1.jpg", "b/2.jpg")
     assert manifest.class_names == ("a", "b")
-    assert manifest.skipped == {"a/._1.jpg": 2, "a/anim.gif": 2, "b/Thumbs.db": 1, "loose.jpg": 1}
+    assert manifest.skipped == {
+        "hidden": ("a/._1.jpg", 2),
+        "not an image by its extension .gif": ("a/anim.gif", 2),
+        "not an image by its extension .db": ("b/Thumbs.db", 1),
+        "not an image by its extension": ("b/README", 1),
+        "beside the class folders": ("loose.jpg", 1),
+    }
 
 
 def test_read_source__an_empty_class_folder_stays_a_class(photos: Path, write_image: Write) -> None:
@@ -211,7 +217,7 @@ def csv_path(photos: Path, write_image: Write) -> Path:
 def test_read_source__csv_rows_in_their_order(csv_path: Path) -> None:
     csv_path.write_text("group,path,split,label\np2,sub/2.jpg,Train,b\n,1.jpg,val,a\np1,3.data,test,b\np2,4.jpg,,\n")
     manifest = read_source(csv_path)
-    assert manifest.name == "rows"
+    assert manifest.name == "rows-csv"
     assert manifest.root == csv_path.parent
     assert manifest.paths == ("sub/2.jpg", "1.jpg", "3.data", "4.jpg")
     assert manifest.class_names == ("a", "b")
@@ -245,8 +251,8 @@ def test_read_source__csv_paths_may_lead_outside(csv_path: Path, tmp_path: Path,
     [
         ("file,label\n1.jpg,a\n", r"has no column 'path' \(its columns: 'file', 'label'\)"),
         (
-            "path,label\n1.jpg,a\nno.jpg,a\nno2.jpg,b\n",
-            r"line 3: 'no\.jpg' does not exist \(and 1 more\); paths are rel",
+            "path,label\nno.jpg,a\nno2.jpg,b\n",
+            r"line 2: 'no\.jpg' does not exist, nor does any other file that it lists; paths are rel",
         ),
         (
             "path,label,split\n1.jpg,a,valid\n",
@@ -274,6 +280,16 @@ def test_read_source__csv_row_that_is_a_folder_or_a_dangling_link_is_unreadable(
     assert read_source(csv_path).unreadable == reasons
 
 
+def test_read_source__csv_row_whose_file_is_missing_is_unreadable(csv_path: Path) -> None:
+    csv_path.write_text("path,label\n1.jpg,a\nno.jpg,a\n\nsub/no.jpg,b\n")
+    manifest = read_source(csv_path)
+    assert manifest.paths == ("1.jpg", "no.jpg", "sub/no.jpg")
+    assert manifest.unreadable == {
+        1: "does not exist (Rows.csv, line 3)",
+        2: "does not exist (Rows.csv, line 5)",
+    }
+
+
 def test_read_paths__files_and_folders_in_the_given_order(
     photos: Path, write_image: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,8 +300,22 @@ def test_read_paths__files_and_folders_in_the_given_order(
     assert manifest.paths == ("z.jpg", "a/1.jpg", "a/2.jpg", "a/deep/0.jpg", "odd.dat", str(photos / "z.jpg"))
     assert all(manifest.path_of(row).is_file() for row in range(manifest.n_rows))
     assert set(manifest.labels.tolist()) == {-1}
-    assert (manifest.name, manifest.skipped) == ("images", {"a/x.txt": 1})
-    assert read_paths(["a"]).name == "a"
+    assert (manifest.name, manifest.root) == ("images", photos)
+    assert manifest.skipped == {"not an image by its extension .txt": ("a/x.txt", 1)}
+
+
+@pytest.mark.parametrize(
+    "names", [["1.jpg", "b/2.jpg", "b/c/3.jpg"], ["test/a/1.jpg", "train/a/2.jpg", "valid/a/3.jpg"]]
+)
+def test_read_paths__a_single_folder_is_the_data_of_that_folder_with_every_image_below(
+    photos: Path, write_image: Write, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    images_in(photos, write_image, *names, ".cache/4.jpg")
+    (photos / "loop").symlink_to(photos)
+    monkeypatch.chdir(photos.parent)
+    manifest = read_paths(["photos/"])
+    assert (manifest.name, manifest.root, manifest.paths) == ("photos", photos, tuple(names))
+    assert set(manifest.labels.tolist()) == {-1}
 
 
 def test_read_paths__missing_and_empty(photos: Path) -> None:
@@ -317,4 +347,4 @@ def test_read_source__ants_and_bees(real_photos: Path) -> None:
         assert [str(manifest.path_of(row)) for row in rows.tolist()] == [path for path, _ in reference.samples]
         assert manifest.labels[rows].tolist() == reference.targets
     assert (manifest.n_rows, manifest.class_names) == (397, ("ants", "bees"))
-    assert manifest.skipped == {"train/ants/imageNotFound.gif": 1}
+    assert manifest.skipped == {"not an image by its extension .gif": ("train/ants/imageNotFound.gif", 1)}

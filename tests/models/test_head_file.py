@@ -13,6 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from transfercache.errors import ModelError, ResourceError
+from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.models.head_file import Model, check_canaries, load_model, save_model
 
 
@@ -73,6 +74,8 @@ def test_save__where_it_may_not_write(model: Model, tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(ResourceError, match=r"taken/head: cannot be written \((Not a directory|File exists)\)"):
         save_model(model, tmp_path / "taken" / "head")
+    with pytest.raises(ResourceError, match=r"cannot be written \(Is a directory\)"):
+        save_model(model, tmp_path)
 
 
 @pytest.mark.parametrize("n_bytes", [0, 4, 8, 100, -1])
@@ -221,6 +224,27 @@ def test_canaries__within_rounding__pass(model: Model) -> None:
         check_canaries(path, model, np.full_like(embeddings, np.nan))
     with pytest.raises(ModelError, match="its head takes 1024 features, but its backbone gives 5; train it again"):
         check_canaries(path, model, np.zeros((4, 5), np.float32))
+
+
+def test_canaries__of_an_untrained_class__do_not_hide_the_others(model: Model) -> None:
+    weight, bias = model.head.weight.copy(), model.head.bias.copy()
+    weight[1], bias[1] = 0, UNTRAINED_BIAS
+    head = replace(model.head, weight=weight / np.float32(100), bias=bias)
+    embeddings = np.random.default_rng(1).normal(size=(4, 1024)).astype(np.float32)
+    model = replace(model, head=head, canary_logits=head.logits(embeddings))
+    check_canaries(Path("head"), model, embeddings * np.float32(1 + 1e-4))
+    with pytest.raises(ModelError, match="logits differ"):
+        check_canaries(Path("head"), model, embeddings * np.float32(1.1))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+def test_canaries__of_embeddings_of_any_size__tell_networks_apart(model: Model, size: float) -> None:
+    first, second = (np.random.default_rng(seed).normal(0, size, (4, 1024)).astype(np.float32) for seed in (1, 2))
+    head = replace(model.head, weight=model.head.weight / np.float32(3200 * size), bias=np.zeros(3, np.float32))
+    model = replace(model, head=head, canary_logits=head.logits(first))
+    check_canaries(Path("head"), model, first * np.float32(1 + 1e-5))
+    with pytest.raises(ModelError, match="logits differ"):
+        check_canaries(Path("head"), model, second)
 
 
 def test_saved_file__is_readable_by_others(saved: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.models import mobilenet_v3_small
 
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import Backbone
+from transfercache.backbones.weights import seeded
 from transfercache.errors import ModelError, WeightsError
 from transfercache.models.head_file import Model
 from transfercache.models.network import load_engine
@@ -75,5 +77,15 @@ def test_engine__of_a_fine_tuned_model_of_another_architecture__is_refused(finet
 def test_engine__of_a_fine_tuned_model_with_a_nan__is_refused(finetuned: Model) -> None:
     tensors = {name: tensor.copy() for name, tensor in finetuned.backbone_tensors.items()}
     next(iter(tensors.values())).flat[0] = np.nan
+    with pytest.raises(ModelError, match="logits differ"):
+        load_engine(replace(finetuned, backbone_tensors=tensors), PATH, weights=None, device=CPU)
+
+
+def test_engine__of_another_random_network__is_refused(finetuned: Model) -> None:
+    with seeded(7):
+        other = mobilenet_v3_small(weights=None).state_dict()
+    tensors = {name: other[name].numpy() for name in finetuned.backbone_tensors}
+    # Random networks embed images near zero: what the logits differ by there must count.
+    assert np.ptp(finetuned.canary_logits, axis=0).max() < 1e-3
     with pytest.raises(ModelError, match="logits differ"):
         load_engine(replace(finetuned, backbone_tensors=tensors), PATH, weights=None, device=CPU)

@@ -9,14 +9,15 @@ import numpy as np
 from transfercache.comparison.results import RunResult, Seconds
 from transfercache.comparison.summary import Entry, Summary
 
-RECORD = {
+HERE = {"device": "a processor", "machine": {"cores": 2, "vector_units": "AVX2"}}
+RUN = {
     "seconds": 17.0,
     "images": 14,
     "device": "an older processor",
-    "machine": {"cores": 2},
+    "machine": {"cores": 2, "vector_units": "none known"},
     "date": "2026-11-01T10:00:00+00:00",
-    "is_from_this_run": False,
 }
+RECORD = {**RUN, "is_complete": True, "is_from_this_run": False, "runs": [RUN]}
 
 
 def make_entry(label: str, right: list[int], *, is_kept: bool = False, **changes: Any) -> Entry:
@@ -44,7 +45,7 @@ def _make_result(label: str, n_right: int, *, seed: int, **changes: Any) -> RunR
         "chosen": {},
         "best_on_reported": None,
         "extraction": RECORD,
-        "environment": {},
+        "environment": HERE,
         "date": "2026-11-25T09:00:00+00:00",
         "tlc_version": "0.1.0",
     }
@@ -63,10 +64,6 @@ def make_summary(*entries: Entry, **changes: Any) -> Summary:
         "unfinished": (),
         "straddling": 0,
         "warnings": (),
-        "environment": {
-            "machine": {"cores": 2, "vector_units": "AVX2"},
-            "versions": {"python": "3.11.7", "torch": "2.15.0"},
-            "device": "a processor",
-        },
+        "environment": {**HERE, "versions": {"python": "3.11.7", "torch": "2.15.0"}},
     }
     return Summary(**{**parts, **changes})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from transfercache.comparison.results import Seconds
 from transfercache.comparison.summary import LeftOut, Summary
 from transfercache.report.comparison import caption, html_table, result_line, show_seconds, terminal_table, title
 
-from .conftest import make_entry, make_summary
+from .conftest import HERE, RECORD, RUN, make_entry, make_summary
 
 
 @pytest.fixture
@@ -105,6 +106,42 @@ def test_caption__pairs_that_differ() -> None:
 
 def test_caption__one_strategy_is_not_paired() -> None:
     assert not any("apart" in line for line in caption(make_summary(make_entry("a", [6]))))
+
+
+def test_caption__kept_on_another_machine() -> None:
+    far = {"device": "a graphics card", "machine": {"cores": 16, "vector_units": "AVX-512"}}
+    again = make_entry("logistic", [6], is_kept=True)
+    seed_of_another = make_entry("linear", [6], environment=far)
+    lines = list(caption(make_summary(again, make_entry("finetune", [6], is_kept=True, environment=far))))
+    there = "2026-11-25 09:00 on another machine (a graphics card, 16 cores (AVX-512))"
+    assert lines[-1] == (
+        f"kept from an earlier run (--fresh repeats it): logistic 2026-11-25 09:00, finetune {there}; "
+        "seconds of another machine are in no break-even."
+    )
+    assert f"linear {there}" in list(caption(make_summary(seed_of_another)))[-1]
+
+
+def extraction_lines(**changes: Any) -> list[str]:
+    entry = make_entry("knn", [6], extraction={**RECORD, **changes})
+    return [line for line in caption(make_summary(entry)) if line.startswith(("extracted", "extraction:"))]
+
+
+def test_caption__extraction_on_several_machines() -> None:
+    assert extraction_lines(is_from_this_run=True) == []
+    same = {**RUN, "date": "2026-11-02T10:00:00+00:00"}
+    assert extraction_lines(runs=[RUN, same]) == [
+        "extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 images."
+    ]
+    assert extraction_lines(runs=[RUN, {**same, **HERE, "seconds": 2.0, "images": 5}]) == [
+        "extracted in parts, 2026-11-01T10:00:00+00:00 on an older processor, 2 cores (none known): 17.0 s for 14 "
+        "images; 2026-11-02T10:00:00+00:00 on a processor, 2 cores (AVX2): 2.00 s for 5 images."
+    ]
+
+
+def test_caption__seconds_of_an_interrupted_extraction_are_not_known() -> None:
+    assert extraction_lines(is_from_this_run=True, is_complete=False) == [
+        "extraction: an interrupted run's seconds are not in it."
+    ]
 
 
 def test_html_table__everything_is_escaped() -> None:

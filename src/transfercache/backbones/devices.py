@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +12,9 @@ from transfercache.environment import processor_name
 from transfercache.errors import ResourceError, UsageError, did_you_mean
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+
+#: What those say that have no class of their own: the CPU's allocator (Linux, Windows), Apple's, NVIDIA's libraries.
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 
 def pick_device(name: str) -> torch.device:
@@ -38,6 +42,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextmanager
+def memory_errors(device: torch.device) -> Iterator[None]:
+    """Turn torch's refusal of memory for a batch into a ResourceError; every other error stays as it is."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in _OUT_OF_MEMORY):
+            raise
+        raise ResourceError(f"{device}: out of memory for a batch of images; give a smaller --batch-size") from error
 
 
 def device_name(device: torch.device) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfercache.backbones.devices import synchronize
+from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.registry import Backbone
 from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
@@ -43,8 +43,11 @@ class EagerEngine:
         self._network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return float32 [B, D] for uint8 [B, H, W, 3], row by row; done when it returns."""
-        with torch.inference_mode(), full_float32():
+        """Return float32 [B, D] for uint8 [B, H, W, 3], row by row; done when it returns.
+
+        Raises ResourceError where the batch does not fit into the device's memory.
+        """
+        with torch.inference_mode(), full_float32(), memory_errors(self._device):
             inputs = normalise(self._on_device(pixels), self._preprocessing)
             features = self._network(inputs).float().cpu()
             synchronize(self._device)

@@ -119,7 +119,7 @@ def _without_head(
         classifier=taken_out if has_head and isinstance(taken_out, nn.Linear) else None,
         head_path=head.path,
         preprocessing=architecture.preprocessing,
-        weights_digest=weights_digest(network.state_dict(), without=()),
+        weights_digest=weights_digest(network.state_dict()),
         weights_source=dict(source),
         stages=architecture.stages(network),
     )

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torchvision import models
 
-from transfercache import fetch, files
 from transfercache.backbones.architecture import Architecture, LoadedWeights
 from transfercache.backbones.stages import stages_of
 from transfercache.backbones.weights import read_state
 from transfercache.errors import DownloadError, WeightsError
+from transfercache.fetch import download
 from transfercache.spec import Preprocessing
 
 # Built without the auxiliary heads, which run in training only and change what the network returns. Published
@@ -103,15 +103,7 @@ def _checkpoint(url: str) -> Path:
     match = _DIGITS.search(path.name)
     if match is None:
         raise WeightsError(f"{url}: its name holds no digest to check; pass the file with --weights PATH")
-    if not path.exists():
-        try:
-            return fetch.download(url, path, sha256=match[1], max_bytes=_MAX_BYTES)
-        except DownloadError as error:
-            raise DownloadError(f"{error}, or pass --weights PATH") from error
-    found = files.sha256_file(path)
-    if not found.startswith(match[1]):
-        raise WeightsError(
-            f"{path}: its SHA-256 starts with {found[: len(match[1])]}, not with the {match[1]} of its name; "
-            "delete it to have it downloaded again, or pass --weights PATH"
-        )
-    return path
+    try:
+        return download(url, path, sha256=match[1], max_bytes=_MAX_BYTES)
+    except DownloadError as error:
+        raise DownloadError(f"{error}, or pass --weights PATH") from error

@@ -42,8 +42,8 @@ _REFUSALS = (
 )
 
 
-def weights_digest(tensors: Mapping[str, torch.Tensor], *, without: Collection[str]) -> str:
-    """Return the SHA-256, 64 hex digits, of all tensors but those named in `without` and every num_batches_tracked.
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256, 64 hex digits, of all tensors but num_batches_tracked.
 
     The bytes hashed are, for each tensor in ascending order of its name (by code point): name in UTF-8, one zero
     byte, dtype as torch prints it without "torch." ("float32"), one zero byte, the dimensions in decimal joined by
@@ -51,7 +51,7 @@ def weights_digest(tensors: Mapping[str, torch.Tensor], *, without: Collection[s
     Independent of device, memory format and torch's version.
     """
     digest = hashlib.sha256()
-    for name in sorted(set(tensors) - set(without)):
+    for name in sorted(tensors):
         if not _is_counter(name):
             tensor = tensors[name]
             shape = ",".join(map(str, tensor.shape))

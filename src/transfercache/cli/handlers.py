@@ -52,15 +52,24 @@ def train_head(
         str, typer.Argument(metavar="CACHE|DATA", help="A cache folder, or the DATA of one.", show_default=False)
     ],
     solver: Annotated[str, typer.Option(help="logistic, linear, or knn (which only evaluates).")] = config.SOLVER,
-    C: Annotated[str, typer.Option("--C", metavar="auto|FLOAT", help="Inverse regularisation of logistic.")] = config.C,
-    class_weight: Annotated[config.ClassWeight, typer.Option(help="Weight of a row's class.")] = config.CLASS_WEIGHT,
-    optimizer: Annotated[config.Optimizer, typer.Option(help="Of the linear solver.")] = config.OPTIMIZER,
+    C: Annotated[
+        str | None,
+        typer.Option("--C", metavar="auto|FLOAT", help="Inverse regularisation of logistic.", show_default=config.C),
+    ] = None,
+    class_weight: Annotated[
+        config.ClassWeight | None,
+        typer.Option(help="Weight of a row's class.", show_default=config.CLASS_WEIGHT),
+    ] = None,
+    optimizer: Annotated[
+        config.Optimizer | None,
+        typer.Option(help="Of the linear solver.", show_default=config.OPTIMIZER),
+    ] = None,
     backbone: options.Backbone = config.BACKBONE,
     weights: options.Weights = config.WEIGHTS,
     cache_dir: options.CacheDir = None,
     labels: options.Labels = None,
-    val_fraction: options.ValFraction = config.VAL_FRACTION,
-    split_seed: options.SplitSeed = config.SPLIT_SEED,
+    val_fraction: options.NewValFraction = None,
+    split_seed: options.NewSplitSeed = None,
     seed: options.Seed = config.SEED,
     out: options.Out = None,
     json: options.Json = False,
@@ -95,10 +104,10 @@ def finetune(
         str, typer.Option(metavar="all|none|STAGES", help="What is trained beside the head.")
     ] = config.UNFREEZE,
     lr_backbone: Annotated[
-        float | None, typer.Option(help="[default: 1e-4 for batches of 4, scaled]", show_default=False)
+        float | None, typer.Option(help="Of the unfrozen stages.", show_default="1e-4 for batches of 4, scaled")
     ] = None,
     lr_head: Annotated[
-        float | None, typer.Option(help="[default: 1e-3 for batches of 4, scaled]", show_default=False)
+        float | None, typer.Option(help="Of the head.", show_default="1e-3 for batches of 4, scaled")
     ] = None,
     schedule: Annotated[config.Schedule, typer.Option(help="Of the learning rates.")] = config.SCHEDULE,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = config.EPOCHS,

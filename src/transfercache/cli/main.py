@@ -20,9 +20,18 @@ from transfercache.version import __version__
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in tlc, 2 the command's words, 3 the data, 4 a cache or model file, 5 weights or a "
-    "download, 6 a resource (disk, permission, device, another writer), 130 and 143 interrupted: what was computed "
-    "is kept."
+    "download, 6 a resource (disk, permission, device, memory, another writer), 130 and 143 interrupted: "
+    "extract-features, compare and demo keep what was computed."
 )
+
+#: What an interrupted command keeps, where there is anything to say about it.
+_KEPT = {
+    **dict.fromkeys(
+        ("extract-features", "compare", "demo"),
+        "; what was computed is kept, and the same command goes on from there",
+    ),
+    "finetune": "; nothing of an unfinished fine-tuning is kept",
+}
 
 app = typer.Typer(
     name="tlc",
@@ -83,16 +92,17 @@ class _OneLine(logging.Formatter):
 
 
 def _exit_code(arguments: list[str], *, is_debug: bool) -> int:
+    kept = _KEPT.get(arguments[0], "")
     try:
         result = app(arguments, prog_name="tlc", standalone_mode=False)
     except BaseException as error:  # noqa: BLE001 - the one place that turns an error into an exit code
-        return _report(error, is_debug=is_debug)
+        return _report(error, kept=kept, is_debug=is_debug)
     if result == 130:
-        _say("interrupted; what was computed is kept, and the same command goes on from there")
+        _say(f"interrupted{kept}")
     return result if isinstance(result, int) else 0
 
 
-def _report(error: BaseException, *, is_debug: bool) -> int:
+def _report(error: BaseException, *, kept: str, is_debug: bool) -> int:
     # Typer turns a broken pipe into SystemExit(1).
     pipe = error if isinstance(error, BrokenPipeError) else error.__context__
     if isinstance(pipe, BrokenPipeError):
@@ -102,8 +112,11 @@ def _report(error: BaseException, *, is_debug: bool) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        _say("interrupted; what was computed is kept, and the same command goes on from there")
+        _say(f"interrupted{kept}")
         return 130
+    if isinstance(error, Terminated):
+        _say(f"{error}{kept}")
+        return error.exit_code
     if isinstance(error, (TlcError, typer.TyperException)):
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         _say(message)
@@ -116,7 +129,7 @@ def _report(error: BaseException, *, is_debug: bool) -> int:
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-    raise Terminated("told to end (SIGTERM); what was computed is kept, and the same command goes on from there")
+    raise Terminated("told to end (SIGTERM)")
 
 
 def _say(message: str) -> None:

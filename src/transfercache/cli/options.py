@@ -42,8 +42,8 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(
         envvar=config.CACHE_DIR_VARIABLE,
-        help=f"Where caches live.  [default: {config.CACHE_DIR}]",
-        show_default=False,
+        help="Where caches live.",
+        show_default=config.CACHE_DIR,
         rich_help_panel="Machine",
     ),
 ]
@@ -58,6 +58,24 @@ ValFraction = Annotated[
     typer.Option(min=0.0, max=0.9, help="Held out per class where DATA gives no split.", rich_help_panel="Data"),
 ]
 SplitSeed = Annotated[int, typer.Option(help="The only thing that moves that split.", rich_help_panel="Data")]
+NewValFraction = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.9,
+        help="Draws the split anew, where DATA gives none.",
+        show_default="the cache's own split",
+        rich_help_panel="Data",
+    ),
+]
+NewSplitSeed = Annotated[
+    int | None,
+    typer.Option(
+        help="Draws the split anew, where DATA gives none.",
+        show_default="the cache's own split",
+        rich_help_panel="Data",
+    ),
+]
 OnBad = Annotated[
     config.OnBad,
     typer.Option(help="Unreadable images: fail ends with 3 after all others are done.", rich_help_panel="Data"),
@@ -66,5 +84,5 @@ Seed = Annotated[int, typer.Option(help="Seeds folds, order and augmentation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help=f"Where the MODEL is written.  [default: under {config.MODELS_DIR}]", show_default=False),
+    typer.Option(help="Where the MODEL is written.", show_default=f"under {config.MODELS_DIR}"),
 ]

@@ -54,22 +54,28 @@ class Comparison:
     data: str
     weights: str
     caches: dict[str, Path]  # backbone -> cache folder, where it was extracted
+    row_words: tuple[str, ...]  # the options that decide on labels and split, where they are not the defaults
+    epoch_words: tuple[str, ...]
+    demo: Mapping[str, str | None] | None = None  # of `tlc demo`: data, backbone, and why they are not the tutorial's
 
     @property
     def next_command(self) -> tuple[str, ...]:
-        """Train the most accurate of what leaves a model (ties: the cheapest), on the same data."""
+        """Train the most accurate of what leaves a model (ties: the cheapest), on the same rows."""
+        if self.demo is not None:
+            return ("tlc", "compare", "my_photos/", "--backbone", str(self.demo["backbone"]))
         models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _FINETUNE)]
         if not models:
-            return ("tlc", "compare", self.data)
+            return ("tlc", "compare", self.data, *self.row_words, *self.epoch_words)
         best = max(models, key=lambda entry: entry.accuracy).first
         backbone = str(best.backbone)
         if best.strategy in _HEADS:
-            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", best.strategy)
-        return ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
+            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", best.strategy, *self.row_words)
+        start = ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
+        return (*start, *self.row_words, *self.epoch_words)
 
-    def with_note(self, note: str) -> Comparison:
-        """Return the same with `note` in the table's title."""
-        return replace(self, summary=replace(self.summary, note=note))
+    def as_demo(self, demo: Mapping[str, str | None], *, note: str) -> Comparison:
+        """Return the same as the result of `tlc demo`, with `note` in the table's title."""
+        return replace(self, demo=demo, summary=replace(self.summary, note=note))
 
     @property
     def latest_line(self) -> str:
@@ -77,8 +83,9 @@ class Comparison:
         return result_line(self.summary.entries[-1])
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON document of `tlc compare`."""
-        return {**self.summary.to_json(), "bad": [item.to_json() for item in self.bad]}
+        """Return the JSON document of `tlc compare`, or `tlc demo`."""
+        demo = {} if self.demo is None else {"demo": dict(self.demo)}
+        return {**self.summary.to_json(), "bad": [item.to_json() for item in self.bad], **demo}
 
     def render(self) -> RenderableType:
         """Return the table for a terminal."""
@@ -165,6 +172,11 @@ def compare(
     ]
     jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
     done: list[Entry | LeftOut] = []
+    row_words = _changed_words(
+        labels=(labels, None),
+        val_fraction=(val_fraction, config.VAL_FRACTION),
+        split_seed=(split_seed, config.SPLIT_SEED),
+    )
 
     def comparison() -> Comparison:
         return Comparison(
@@ -173,6 +185,8 @@ def compare(
             data=str(data),
             weights=weights,
             caches={name: extraction.cache for name, extraction in extractions.items()},
+            row_words=row_words,
+            epoch_words=_changed_words(epochs=(epochs, config.EPOCHS)),
         )
 
     deadline = math.inf if max_minutes is None else start + 60 * max_minutes
@@ -189,6 +203,12 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} must be at least 1, not {count}")
+
+
+def _changed_words(**options: tuple[object, object]) -> tuple[str, ...]:
+    """Return `--name value` of each (value, default) where these differ."""
+    changed = {name: value for name, (value, default) in options.items() if value != default}
+    return tuple(word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value)))
 
 
 def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish: Callable[..., Manifest]) -> Manifest:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from transfercache import config
 from transfercache.backbones.devices import pick_device
@@ -14,7 +12,7 @@ from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.compare import Comparison, compare
 from transfercache.commands.extract import extract_spec
-from transfercache.commands.inputs import BadImage, cache_root
+from transfercache.commands.inputs import cache_root
 from transfercache.comparison.pace import measure_pace
 from transfercache.comparison.schedule import OnEstimate
 from transfercache.comparison.strategy import Work
@@ -22,9 +20,6 @@ from transfercache.errors import WeightsError
 from transfercache.images.named import digits_subset, materialise
 from transfercache.images.sources import read_source
 from transfercache.splits import Split
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
 
@@ -34,40 +29,6 @@ FALLBACK_DIGITS_PER_CLASS = 30
 FALLBACK_EPOCHS = 2
 
 
-@dataclass(frozen=True, eq=False)
-class Demo:
-    """A comparison on the tutorial's data, or `why` it is on other data; a table in a notebook."""
-
-    comparison: Comparison
-    data: str
-    backbone: str
-    why: str | None
-
-    @property
-    def bad(self) -> tuple[BadImage, ...]:
-        """Images that could not be used."""
-        return self.comparison.bad
-
-    @property
-    def next_command(self) -> tuple[str, ...]:
-        """The words of the command a person would run next."""
-        return ("tlc", "compare", "my_photos/", "--backbone", self.backbone)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON document of `tlc demo`: that of compare, and what it ran on and why."""
-        return {
-            **self.comparison.to_json(),
-            "demo": {"data": self.data, "backbone": self.backbone, "why": self.why},
-        }
-
-    def render(self) -> RenderableType:
-        """Return the table for a terminal."""
-        return self.comparison.render()
-
-    def _repr_html_(self) -> str:
-        return self.comparison._repr_html_()
-
-
 def demo(
     *,
     device: config.Device = config.DEVICE,
@@ -75,7 +36,7 @@ def demo(
     seed: int = config.SEED,
     on_result: Callable[[Comparison], None] | None = None,
     on_estimate: OnEstimate = lambda label, seconds: None,
-) -> Demo:
+) -> Comparison:
     """Compare strategies on the ants and bees of the PyTorch tutorial with a ResNet-18.
 
     Where the photographs or the weights cannot be downloaded, the log says which and why, and the demo runs on some
@@ -86,6 +47,7 @@ def demo(
     note = ""
     if why is not None:
         note = f"in place of {DATA} with {config.BACKBONE}, which cannot be had here; {epochs} epochs of fine-tuning"
+    what = {"data": str(data), "backbone": backbone, "why": why}
     comparison = compare(
         data,
         backbone=backbone,
@@ -93,10 +55,10 @@ def demo(
         cache_dir=cache_dir,
         seed=seed,
         epochs=epochs,
-        on_result=None if on_result is None else lambda so_far: on_result(so_far.with_note(note)),
+        on_result=None if on_result is None else lambda so_far: on_result(so_far.as_demo(what, note=note)),
         on_estimate=on_estimate,
     )
-    return Demo(comparison.with_note(note), str(data), backbone, why)
+    return comparison.as_demo(what, note=note)
 
 
 def _estimate(
@@ -113,7 +75,7 @@ def _estimate(
     spec = extract_spec(loaded, config.COMPUTE)
     if find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) is not None:
         return
-    pace = measure_pace(manifest, loaded, device=pick_device(device), workers=None)
+    pace = measure_pace(manifest, loaded, device=pick_device(device))
     n_given = int((manifest.split == Split.TRAIN).sum())
     n_train = n_given or round((1 - config.VAL_FRACTION) * manifest.n_rows)
     # Extraction passes every image forward, fine-tuning's evaluation the rest once more.

@@ -9,14 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from transfercache import config
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
 from transfercache.commands.extract import extract_spec
 from transfercache.commands.inputs import BadImage, finish_manifest, log_bad
 from transfercache.errors import UsageError
+from transfercache.files import check_writable
 from transfercache.finetuning.groups import ParameterGroup
 from transfercache.finetuning.loop import finetune as train
 from transfercache.finetuning.options import FinetuneOptions
@@ -53,7 +52,7 @@ class FinetuneOutcome:
     @property
     def next_command(self) -> tuple[str, ...]:
         """The words of the command a person would run next."""
-        return ("tlc", "compare", self.data)
+        return ("tlc", "predict", str(self.model), self.data)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc finetune`."""
@@ -141,6 +140,8 @@ def finetune(
     for warning in check_trainable(manifest):
         logger.warning("%s", warning)
     loaded = load_backbone(backbone, weights=weights)
+    path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{manifest.name}-finetune.safetensors"
+    check_writable(path)  # hours of training must not end in a file that cannot be written
     result = train(
         manifest,
         loaded,
@@ -150,7 +151,6 @@ def finetune(
         on_epoch=on_epoch,
     )
     reported = report_finetuned(manifest, result)
-    path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{manifest.name}-finetune.safetensors"
     save_model(
         Model(
             head=result.head,
@@ -183,12 +183,11 @@ def report_finetuned(manifest: Manifest, result: FinetuneResult) -> Report | Non
     rows = result.reported_rows
     if not len(rows):
         return None
-    training = (manifest.split == Split.TRAIN) & (manifest.labels >= 0)
     return evaluate(
         manifest.labels[rows],
         result.probabilities,
         class_names=manifest.class_names,
-        n_train_per_class=np.bincount(manifest.labels[training], minlength=len(manifest.class_names)),
+        n_train_per_class=result.n_train_per_class,
         split=Split(manifest.split[rows[0]]).name.lower(),
     )
 

@@ -56,10 +56,15 @@ def finish_manifest(
     if labels is not None:
         manifest = overlay_labels(manifest, Path(labels))
         manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
-    for example, count in manifest.skipped.items():
-        others = f" and {count - 1} more of that kind" if count > 1 else ""
-        logger.warning("left out: %s%s (no image by its name, hidden, or outside the class folders)", example, others)
+    log_skipped(manifest)
     return manifest
+
+
+def log_skipped(manifest: Manifest) -> None:
+    """Name the first file of each kind that was not taken, how many there are, and why."""
+    for reason, (first, count) in manifest.skipped.items():
+        others = f" and {count - 1} more" if count > 1 else ""
+        logger.warning("left out: %s%s (%s)", first, others, reason)
 
 
 def bad_images(manifest: Manifest, reasons: Mapping[int, str]) -> tuple[BadImage, ...]:
@@ -73,7 +78,7 @@ def known_files(folder: Path | None) -> dict[str, KnownFile]:
     if folder is None:
         return {}
     rows = Store(folder).rows()
-    return {} if rows is None else {path: KnownFile(*known) for path, known in rows.known_files().items()}
+    return {} if rows is None else rows.known_files()
 
 
 def log_bad(bad: Sequence[BadImage], n_images: int, *, on_bad: config.OnBad) -> None:

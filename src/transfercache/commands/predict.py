@@ -18,10 +18,10 @@ import numpy.typing as npt
 from transfercache import config
 from transfercache.cache.reader import Cache, is_cache, open_cache
 from transfercache.cache.store import find
-from transfercache.commands.inputs import BadImage, cache_root, known_files, log_bad
+from transfercache.commands.inputs import BadImage, cache_root, known_files, log_bad, log_skipped
 from transfercache.errors import CacheError, UsageError
 from transfercache.extract.loop import PendingImage, embed_images
-from transfercache.files import resource_errors
+from transfercache.files import replacing
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.named import NAMED
 from transfercache.images.sources import read_paths, read_source
@@ -38,6 +38,11 @@ Features = npt.NDArray[np.float32]  # float32 [D], one image's
 
 # On a terminal; --json and --out give all of them.
 _ROWS_SHOWN = 20
+
+# More files than these come from a pattern, and would make the next command unreadable.
+_INPUTS_NAMED = 3
+
+_OTHER_KIND = {".csv": ".jsonl", ".jsonl": ".csv"}
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,7 @@ class Predictions:
     n_images: int
     bad: tuple[BadImage, ...]
     out: Path | None
-    model: Path
-
-    @property
-    def next_command(self) -> tuple[str, ...]:
-        """The words of the command a person would run next."""
-        return ("tlc", "predict", str(self.model), "MORE_IMAGES", "--out", "predictions.csv")
+    next_command: tuple[str, ...]  # the words of the command a person would run next
 
     def to_json(self) -> Any:
         """Return a list of all images; with `out`, {out, images, bad} instead, as the file has them."""
@@ -156,9 +156,11 @@ class LoadedModel:
         """Label images in the order given (folders: sorted), with the `top` classes of each.
 
         `inputs` is one CACHE (its rows are read: no image, no torch), one DATA (rows that a cache under `cache_dir`
-        holds are reused), or any files and folders. With `out` (.csv or .jsonl) the predictions are streamed there
-        and the result keeps a few. Raises ModelError, CacheError (of another spec than the model's), DataError,
-        WeightsError, ResourceError, and UsageError for an `out` of another ending.
+        holds are reused), or any files and folders; of a folder, every image below it is read. With `out` the
+        predictions are streamed to that file, and the result keeps a few: .jsonl has all that `to_json` gives, .csv
+        has the columns path, label, probability and reason, then label_2, probability_2 and so on up to `top`. An
+        older `out` is replaced when all is done. Raises ModelError, CacheError (of another spec than the model's),
+        DataError, WeightsError, ResourceError, and UsageError for an `out` of another ending.
         """
         words = [str(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
         if len(words) == 1 and is_cache(Path(words[0])):
@@ -167,7 +169,16 @@ class LoadedModel:
             rows = self._image_rows(words, cache_root(cache_dir), batch_size=batch_size, workers=workers)
         with closing(rows):
             images = (self._prediction(path, outcome, top) for path, outcome in rows)
-            return _collect(images, model=self.path, out=None if out is None else Path(out))
+            target = None if out is None else Path(out)
+            kept, n_images, bad = _collect(images, out=target, n_top=min(top, len(self.class_names)))
+        return Predictions(kept, n_images, bad, target, self._next_command(words, target))
+
+    def _next_command(self, words: Sequence[str], out: Path | None) -> tuple[str, ...]:
+        """Return the words that write the same predictions to a file, or to one of the other kind."""
+        named = words if len(words) <= _INPUTS_NAMED else [str(Path(words[0]).parent)]  # the folder behind a *.jpg
+        moved = () if self.weights is None else ("--weights", self.weights)
+        other = Path("predictions.csv") if out is None else out.with_suffix(_OTHER_KIND[out.suffix])
+        return ("tlc", "predict", str(self.path), *named, *moved, "--out", str(other))
 
     def _prediction(self, path: str, outcome: Features | str, top: int) -> Prediction:
         if isinstance(outcome, str):
@@ -195,7 +206,8 @@ class LoadedModel:
         self, words: Sequence[str], cache_dir: Path, *, batch_size: int, workers: int | None
     ) -> Generator[tuple[str, Features | str], None, None]:
         scanned_ns = time.time_ns()
-        manifest = read_source(words[0]) if len(words) == 1 and _is_data(words[0]) else read_paths(words)
+        manifest = read_source(words[0]) if len(words) == 1 and _is_listed(words[0]) else read_paths(words)
+        log_skipped(manifest)
         folder = None
         if not self.model.is_finetuned:
             spec = self.model.head.spec
@@ -238,9 +250,9 @@ def _difference(cache: ExtractSpec, head: ExtractSpec) -> str:
     return ", ".join(f"{name} {ours[name]} against {theirs[name]}" for name in ours if ours[name] != theirs[name])
 
 
-def _is_data(word: str) -> bool:
-    """Folders, CSV files and names are DATA; any other file is an image by itself."""
-    return word in NAMED or word.lower().endswith(".csv") or Path(word).expanduser().is_dir()
+def _is_listed(word: str) -> bool:
+    """Whether this is a CSV file or a name; of a folder all images are read, and any other file is an image."""
+    return (word in NAMED or word.lower().endswith(".csv")) and not Path(word).expanduser().is_dir()
 
 
 def _cached_features(cache: Cache, manifest: Manifest) -> dict[int, Features]:
@@ -252,11 +264,14 @@ def _cached_features(cache: Cache, manifest: Manifest) -> dict[int, Features]:
     return {row: table.features[i] for row, i in found if i is not None}
 
 
-def _collect(stream: Iterator[Prediction], *, model: Path, out: Path | None) -> Predictions:
+def _collect(
+    stream: Iterator[Prediction], *, out: Path | None, n_top: int
+) -> tuple[tuple[Prediction, ...], int, tuple[BadImage, ...]]:
+    """Return the predictions to keep, how many there were, and the bad images; all are written to `out`."""
     kept: list[Prediction] = []
     bad: list[BadImage] = []
     n_images = 0
-    with _writing(out) as write:
+    with _writing(out, n_top) as write:
         for image in stream:
             n_images += 1
             write(image)
@@ -264,23 +279,34 @@ def _collect(stream: Iterator[Prediction], *, model: Path, out: Path | None) -> 
                 bad.append(BadImage(image.path, image.reason))
             if out is None or n_images <= _ROWS_SHOWN:
                 kept.append(image)
-    return Predictions(tuple(kept), n_images, tuple(bad), out, model)
+    return tuple(kept), n_images, tuple(bad)
 
 
 @contextmanager
-def _writing(out: Path | None) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that writes one prediction to `out`, a line each; .csv or .jsonl."""
+def _writing(out: Path | None, n_top: int) -> Iterator[Callable[[Prediction], None]]:
+    """Give a function that writes one prediction to `out`, a line each; .csv (with `n_top` classes) or .jsonl."""
     if out is None:
         yield lambda _: None
         return
-    if out.suffix not in (".csv", ".jsonl"):
+    if out.suffix not in _OTHER_KIND:
         raise UsageError(f"--out {out}: name a .csv or a .jsonl file")
-    with resource_errors(out), open(out, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with (
+        replacing(out) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
+    ):
         if out.suffix == ".jsonl":
             yield lambda image: print(json.dumps(image.to_json()), file=file)
             return
-        rows = csv.writer(file)
-        rows.writerow(["path", "label", "probability", "reason"])
-        yield lambda image: rows.writerow(
-            [image.path, image.label or "", "" if image.probability is None else image.probability, image.reason or ""]
-        )
+        more = [name for rank in range(2, n_top + 1) for name in (f"label_{rank}", f"probability_{rank}")]
+        names = ["path", "label", "probability", "reason", *more]
+        rows = csv.DictWriter(file, names, restval="")
+        rows.writeheader()
+        yield lambda image: rows.writerow(dict(zip(names, _values(image), strict=False)))
+
+
+def _values(image: Prediction) -> Iterator[str | float | None]:
+    """Yield the values of a .csv in the order of its columns; a bad image has the first four."""
+    yield from (image.path, image.label, image.probability, image.reason)
+    for label, probability in image.top[1:]:
+        yield label
+        yield probability

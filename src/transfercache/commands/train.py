@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,8 @@ from transfercache.cache.table import FeatureTable
 from transfercache.classes import check_classes
 from transfercache.commands.inputs import BadImage, cache_root
 from transfercache.errors import DataError, UsageError
-from transfercache.heads.fit import fit_head
+from transfercache.files import check_writable
+from transfercache.heads.fit import KNN, check_settings, fit_head, pick_solver
 from transfercache.heads.knn import knn_probabilities
 from transfercache.heads.linear_head import LinearHead
 from transfercache.metrics import Report, evaluate
@@ -30,10 +32,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from transfercache.commands.extract import Extraction
+    from transfercache.images.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-
-KNN = "knn"
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +91,31 @@ def train_head(
     cache: str | Path | Extraction,
     *,
     solver: str = config.SOLVER,
-    C: str | float = config.C,
-    class_weight: config.ClassWeight = config.CLASS_WEIGHT,
-    optimizer: config.Optimizer = config.OPTIMIZER,
+    C: str | float | None = None,
+    class_weight: config.ClassWeight | None = None,
+    optimizer: config.Optimizer | None = None,
     backbone: str = config.BACKBONE,
     weights: str = config.WEIGHTS,
     cache_dir: Path | str | None = None,
     labels: Path | str | None = None,
-    val_fraction: float = config.VAL_FRACTION,
-    split_seed: int = config.SPLIT_SEED,
+    val_fraction: float | None = None,
+    split_seed: int | None = None,
     seed: int = config.SEED,
     out: Path | str | None = None,
 ) -> HeadResult:
     """Train a head on the training rows of a cache and report it, once, on its test split, else val.
 
     `cache` is a cache folder, the result of `extract_features`, or the DATA of a cache that exists for `backbone`
-    and `weights`. `labels` (a CSV of path,label) overlays the cache's labels without touching it; rows that only it
-    labels are split by `val_fraction` and `split_seed`. Every choice is made by cross-validation on training rows.
+    and `weights`. `labels` (a CSV of path,label) overlays the cache's labels without touching it. The split is the
+    cache's own, unless `val_fraction` or `split_seed` is given: both are config's where they are None, and draw it
+    anew. `C` belongs to the solver logistic, `optimizer` to linear, `class_weight` to both; None takes config's. Every
+    choice is made by cross-validation on training rows.
 
-    Raises CacheError, DataError (below two classes with training rows), UsageError (unknown solver).
+    Raises CacheError, DataError (below two classes with training rows; DATA that has changed since its extraction),
+    UsageError (unknown solver, a setting that it does not have, another split where the data gives one), ResourceError
+    (`out` cannot be written).
     """
+    check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
     watch = Stopwatch()
     with watch.stage("load"):
         opened = _open(cache, backbone=backbone, weights=weights, cache_dir=cache_dir)
@@ -125,16 +131,17 @@ def train_head(
     )
     for warning in warnings:
         logger.warning("%s", warning)
+    path = None
+    if solver != KNN:
+        pick_solver(solver)  # an unknown one makes no folder
+        path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{opened.data_name}-{solver}.safetensors"
+        check_writable(path)
     with watch.stage("fit"):
         head = None
-        if solver != KNN:
-            head = fit_head(
-                train, solver=solver, C=_parse_c(C), class_weight=class_weight, optimizer=optimizer, seed=seed
-            )
+        if path is not None:
+            head = fit_head(train, solver=solver, C=C, class_weight=class_weight, optimizer=optimizer, seed=seed)
     reported = None if held_out is None else _report(head, train, held_out)
-    path = None
-    if head is not None:
-        path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{opened.data_name}-{solver}.safetensors"
+    if head is not None and path is not None:
         save_model(_model(head, opened, reported), path)
     return HeadResult(
         head=path,
@@ -149,24 +156,42 @@ def train_head(
     )
 
 
-def labelled_table(cache: Cache, *, labels: Path | str | None, val_fraction: float, split_seed: int) -> FeatureTable:
-    """Return the good rows of a cache with a label file laid over; rows that only it labels are split by content."""
+def labelled_table(
+    cache: Cache, *, labels: Path | str | None, val_fraction: float | None, split_seed: int | None
+) -> FeatureTable:
+    """Return the good rows of a cache with a label file laid over, and their split.
+
+    Where `val_fraction` or `split_seed` is given, the split is drawn anew, as extraction draws it. Rows that only the
+    file labels are then split among themselves; where the data gives its split, they are in none.
+    """
     table = cache.table()
-    if labels is None:
+    is_redrawn = val_fraction is not None or split_seed is not None
+    if is_redrawn and cache.catalogue.has_given_split:
+        flag = "--split-seed" if val_fraction is None else "--val-fraction"
+        raise UsageError(f"{flag}: the data of {cache.folder} gives its own split, which stays; leave the flag out")
+    if labels is None and not is_redrawn:
         return table
     # Over all rows: the file may name bad images too, and the split is then the one that extraction draws.
     rows = cache.rows
     first = np.flatnonzero(rows.view == 0)
     content = rows.digest[first]
-    codes, class_names = overlay([rows.path[i] for i in first], rows.label[first], cache.class_names, Path(labels))
-    split = complete_split(
-        rows.split[first],
-        np.where(content.any(axis=1), codes, -1),
-        rows.group[first],
-        content,
-        val_fraction=val_fraction,
-        seed=split_seed,
-    )
+
+    def completed(split: npt.NDArray[np.uint8], codes: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        return complete_split(
+            split,
+            np.where(content.any(axis=1), codes, -1),
+            rows.group[first],
+            content,
+            val_fraction=config.VAL_FRACTION if val_fraction is None else val_fraction,
+            seed=config.SPLIT_SEED if split_seed is None else split_seed,
+        )
+
+    codes, class_names, split = rows.label[first], cache.class_names, rows.split[first]
+    if is_redrawn:
+        split = completed(np.zeros_like(split), codes)
+    if labels is not None:
+        codes, class_names = overlay([rows.path[i] for i in first], codes, class_names, Path(labels))
+        split = split if cache.catalogue.has_given_split else completed(split, codes)
     return replace(table, labels=codes[table.row], class_names=class_names, split=split[table.row])
 
 
@@ -183,10 +208,32 @@ def _open(cache: str | Path | Extraction, *, backbone: str, weights: str, cache_
 
     root = cache_root(cache_dir)
     found = find_cache_of(manifest, backbone=backbone, weights=weights, cache_dir=root)
+    words = ["tlc", "extract-features", str(folder), "--backbone", backbone, "--weights", weights]
+    words += [] if cache_dir is None else ["--cache-dir", str(cache_dir)]
     if found is None:
-        words = ["tlc", "extract-features", str(folder), "--backbone", backbone, "--weights", weights]
         raise DataError(f"{folder}: no cache of it for {backbone} under {root}; make it with: {shlex.join(words)}")
-    return open_cache(found)
+    opened = open_cache(found)
+    if _is_stale(opened, manifest):
+        raise DataError(f"{folder}: has changed since {found} was made; bring that up to date: {shlex.join(words)}")
+    return opened
+
+
+def _is_stale(cache: Cache, manifest: Manifest) -> bool:
+    """Whether the files, or the splits or classes that the data gives, are not those of the cache.
+
+    Labels are not compared: those of the cache may be a label file's.
+    """
+    first = cache.rows.view == 0
+    if tuple(itertools.compress(cache.rows.path, first)) != manifest.paths:
+        return True
+    if cache.catalogue.has_given_split != manifest.has_given_split:
+        return True
+    known = cache.rows.mtime_ns[first]  # -1 where the file was too young for its time to prove anything
+    differs = (cache.rows.size[first] != manifest.size) | ((known >= 0) & (known != manifest.mtime_ns))
+    if manifest.has_given_split:
+        differs |= cache.rows.split[first] != manifest.split
+    is_renamed = bool(manifest.class_names) and manifest.class_names != cache.class_names
+    return is_renamed or bool(differs.any())
 
 
 def _reported_rows(table: FeatureTable) -> FeatureTable | None:
@@ -198,7 +245,7 @@ def _reported_rows(table: FeatureTable) -> FeatureTable | None:
 def _report(head: LinearHead | None, train: FeatureTable, held_out: FeatureTable) -> Report:
     n_classes = len(train.class_names)
     if head is None:
-        probabilities = knn_probabilities(train, held_out.features, n_classes=n_classes)
+        probabilities = knn_probabilities(train.features, train.labels, held_out.features, n_classes=n_classes)
     else:
         probabilities = head.probabilities(held_out.features)
     return evaluate(
@@ -217,12 +264,3 @@ def _model(head: LinearHead, cache: Cache, reported: Report | None) -> Model:
         weights_source=cache.provenance[-1]["weights"],
         reported=None if reported is None else reported.to_json(),
     )
-
-
-def _parse_c(value: str | float) -> float | Literal["auto"]:
-    if value == "auto":
-        return "auto"
-    try:
-        return float(value)
-    except ValueError as error:
-        raise UsageError(f"--C {value!r} must be a positive number, or auto") from error

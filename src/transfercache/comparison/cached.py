@@ -25,7 +25,8 @@ Fit = Callable[[FeatureTable, int], tuple[Predict, Mapping[str, Any]]]
 def fit_knn(train: FeatureTable, seed: int) -> tuple[Predict, Mapping[str, Any]]:
     """Keep the rows; nothing is trained."""
     n_classes = len(train.class_names)
-    return lambda x: knn_probabilities(train, x, n_classes=n_classes), {"neighbours": config.KNN_NEIGHBOURS}
+    chosen = {"neighbours": config.KNN_NEIGHBOURS}
+    return lambda x: knn_probabilities(train.features, train.labels, x, n_classes=n_classes), chosen
 
 
 def _fit_solver(solver: str) -> Fit:

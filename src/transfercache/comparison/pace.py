@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from transfercache.backbones.devices import synchronize
+from transfercache import config
+from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.engines import full_float32, normalise
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison.rows import load_pixels
-from transfercache.comparison.strategy import Work
+from transfercache.comparison.strategy import DEFAULT_LOOP, Loop, Work
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels
 
@@ -35,20 +36,22 @@ class Pace:
         return self.trained * work.trained + self.forward * work.forward
 
 
-def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device, workers: int | None) -> Pace:
-    """Time the first few rows of `manifest`, which must be readable; the weights do not matter."""
+def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device, loop: Loop = DEFAULT_LOOP) -> Pace:
+    """Time the first few rows of `manifest`, which must be readable, as `loop` runs; the weights do not matter."""
     timed = manifest.subset(np.arange(min(N_TIMED, manifest.n_rows)))
     start = time.perf_counter()
     pixels = load_pixels(
-        timed, lambda image: eval_pixels(image, backbone.preprocessing), workers=workers
+        timed, lambda image: eval_pixels(image, backbone.preprocessing), workers=loop.workers
     )  # uint8 [B, crop, crop, 3]
     decode = time.perf_counter() - start
     network = copy.deepcopy(backbone.network)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(device=device, memory_format=loop.memory_format)  # type: ignore[call-overload]
     images = normalise(torch.from_numpy(pixels).to(device), backbone.preprocessing)
-    with full_float32():
-        forward = _time(lambda: _forward(network, images), device)
-        trained = _time(lambda: _forward_and_back(network, images), device)
+    batches = torch.split(images.contiguous(memory_format=loop.memory_format), loop.batch_size)
+    optimizer = torch.optim.SGD(network.parameters(), lr=config.SEED_LR_BACKBONE, momentum=config.MOMENTUM)
+    with full_float32(), memory_errors(device):
+        forward = _time(lambda: _forward(network, batches), device)
+        trained = _time(lambda: _train(network, batches, optimizer), device)
     return Pace(trained=(decode + trained) / len(pixels), forward=(decode + forward) / len(pixels))
 
 
@@ -62,11 +65,15 @@ def _time(run: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _forward(network: torch.nn.Module, images: torch.Tensor) -> None:
+def _forward(network: torch.nn.Module, batches: Sequence[torch.Tensor]) -> None:
     with torch.inference_mode():
-        network(images)
+        for images in batches:
+            network(images)
 
 
-def _forward_and_back(network: torch.nn.Module, images: torch.Tensor) -> None:
-    embeddings = network(images)
-    functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()  # type: ignore[no-untyped-call]
+def _train(network: torch.nn.Module, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for images in batches:
+        optimizer.zero_grad()
+        embeddings = network(images)
+        functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()

@@ -1,13 +1,13 @@
-"""`RunResult`: one strategy, one seed, its answers on the reported rows and their cost; kept as JSON. Torch-free."""
+"""`RunResult`: one strategy, one seed, its answers on the reported rows and their cost; kept in a file. Torch-free."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,16 @@ import safetensors
 import safetensors.numpy
 
 from transfercache.errors import ArtefactError
-from transfercache.files import resource_errors, sha256_bytes, write_atomic
+from transfercache.files import resource_errors, write_atomic
 from transfercache.metrics import Report, evaluate, predicted_classes
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 RESULT_SCHEMA_VERSION = 1
-#: Ten million reported rows take some 250 MB of JSON; more than this is not ours.
-_MAX_BYTES = 1 << 30
+_METADATA_KEY = "tlc"
+#: The parts of a result that are tensors of its file; all others are JSON in its metadata.
+_ARRAYS = ("n_train_per_class", "row", "target", "probabilities")
 
 
 @dataclass(frozen=True)
@@ -104,144 +105,39 @@ class RunResult:
             split=self.split,
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the probabilities as plain values."""
-        return {
-            "schema_version": RESULT_SCHEMA_VERSION,
-            "strategy": self.strategy,
-            "backbone": self.backbone,
-            "seed": self.seed,
-            "split": self.split,
-            "class_names": list(self.class_names),
-            "n_train_per_class": self.n_train_per_class.tolist(),
-            "row": self.row.tolist(),
-            "target": self.target.tolist(),
-            "predicted": self.predicted.tolist(),
-            "seconds": asdict(self.seconds),
-            "backbone_passes": self.backbone_passes,
-            "chosen": dict(self.chosen),
-            "best_on_reported": None if self.best_on_reported is None else dict(self.best_on_reported),
-            "extraction": None if self.extraction is None else dict(self.extraction),
-            "environment": dict(self.environment),
-            "date": self.date,
-            "tlc_version": self.tlc_version,
-        }
-
-    @classmethod
-    def from_json(cls, value: Any, probabilities: Float64Array) -> RunResult:
-        """Build a result from untrusted JSON and its array; raises ValueError naming the first field that is wrong."""
-        fields = _checked_fields(value)
-        predicted = _integers(fields, "predicted")
-        arrays = {name: _integers(fields, name) for name in ("n_train_per_class", "row", "target")}
-        plain: dict[str, Any] = {name: fields[name] for name in _FIELD_TYPES if name not in (*arrays, *_NOT_PASSED_ON)}
-        result = cls(
-            **plain,
-            n_train_per_class=arrays["n_train_per_class"],
-            row=arrays["row"],
-            target=arrays["target"],
-            class_names=_strings(fields, "class_names"),
-            seconds=_seconds(fields["seconds"]),
-            probabilities=probabilities,
-        )
-        if not np.array_equal(predicted, result.predicted):
-            raise ValueError("predicted does not follow from the probabilities")
-        return result
-
-
-_FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "schema_version": (int,),
-    "strategy": (str,),
-    "backbone": (str, type(None)),
-    "seed": (int,),
-    "split": (str,),
-    "class_names": (list,),
-    "n_train_per_class": (list,),
-    "row": (list,),
-    "target": (list,),
-    "predicted": (list,),
-    "seconds": (dict,),
-    "backbone_passes": (int,),
-    "chosen": (dict,),
-    "best_on_reported": (dict, type(None)),
-    "extraction": (dict, type(None)),
-    "environment": (dict,),
-    "date": (str,),
-    "tlc_version": (str,),
-}
-_NOT_PASSED_ON = ("schema_version", "class_names", "predicted", "seconds")
-
-
-def _checked_fields(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError("a result must be a JSON object")
-    if value.get("schema_version") != RESULT_SCHEMA_VERSION:
-        raise ValueError(f"schema {value.get('schema_version')!r}, this tlc reads {RESULT_SCHEMA_VERSION}")
-    if set(value) != set(_FIELD_TYPES):
-        raise ValueError(f"the fields {sorted(set(value) ^ set(_FIELD_TYPES))} are missing or unknown")
-    for name, kinds in _FIELD_TYPES.items():
-        if type(value[name]) not in kinds:
-            raise ValueError(f"{name} must be of type {' or '.join(kind.__name__ for kind in kinds)}")
-    return value
-
-
-def _integers(fields: Mapping[str, Any], name: str) -> Int64Array:
-    # type(), as True would pass for 1; the bound keeps numpy from overflowing.
-    if not all(type(item) is int and abs(item) < 1 << 62 for item in fields[name]):
-        raise ValueError(f"{name} must be a list of whole numbers")
-    return np.array(fields[name], dtype=np.int64)
-
-
-def _strings(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    if not all(isinstance(item, str) for item in fields[name]):
-        raise ValueError(f"{name} must be a list of strings")
-    return tuple(fields[name])
-
-
-def _seconds(value: Mapping[str, Any]) -> Seconds:
-    stages = value.get("stages")
-    if set(value) != {"first", "again", "stages"} or not isinstance(stages, dict):
-        raise ValueError("seconds must have first, again and stages")
-    if not all(type(item) in (int, float) for item in (value["first"], value["again"], *stages.values())):
-        raise ValueError("seconds must be numbers")
-    return Seconds(float(value["first"]), float(value["again"]), {name: float(item) for name, item in stages.items()})
-
 
 def save_result(result: RunResult, path: Path) -> None:
-    """Write `path` (.json) and, before it, the probabilities beside it (.safetensors): a JSON file has its array."""
-    arrays = safetensors.numpy.save({"probabilities": np.ascontiguousarray(result.probabilities)})
-    document = {**result.to_json(), "arrays": sha256_bytes(arrays)}
+    """Write a result to `path` (.safetensors), replacing it atomically; missing parent folders are made."""
+    arrays = {name: np.ascontiguousarray(getattr(result, name)) for name in _ARRAYS}
+    plain = {item.name: getattr(result, item.name) for item in fields(result) if item.name not in _ARRAYS}
+    document = {"schema_version": RESULT_SCHEMA_VERSION, **plain, "seconds": asdict(result.seconds)}
+    metadata = {_METADATA_KEY: json.dumps(document, allow_nan=False)}
     with resource_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path.with_suffix(".safetensors"), arrays)
-    write_atomic(path, json.dumps(document, allow_nan=False).encode())
+    write_atomic(path, safetensors.numpy.save(arrays, metadata))
 
 
 def load_result(path: Path) -> RunResult:
-    """Read and validate what `save_result` wrote; raises ArtefactError naming the file and what is wrong with it."""
+    """Read what `save_result` wrote; raises ArtefactError naming the file and what is wrong with it.
+
+    The checks are those of `RunResult`: whatever fails them is only computed again.
+    """
     try:
-        document = _parse(_read(path))
-        if not isinstance(document, dict):
-            raise ValueError("a result must be a JSON object")
-        arrays = _read(path.with_suffix(".safetensors"))
-        if document.pop("arrays", None) != sha256_bytes(arrays):
-            raise ValueError("the array file beside it is another one")
-        probabilities = safetensors.numpy.load(arrays)["probabilities"]
-        return RunResult.from_json(document, probabilities)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        with safetensors.safe_open(path, framework="np") as file:
+            document = json.loads(file.metadata()[_METADATA_KEY])
+            arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+        version = document.pop("schema_version")
+        if version != RESULT_SCHEMA_VERSION:
+            raise ValueError(f"schema {version!r}, this tlc reads {RESULT_SCHEMA_VERSION}")
+        class_names, seconds = tuple(document.pop("class_names")), Seconds(**document.pop("seconds"))
+        return RunResult(class_names=class_names, seconds=seconds, **document, **arrays)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        safetensors.SafetensorError,
+    ) as error:
         raise ArtefactError(f"{path}: not a result of this tlc ({error}); delete it, or pass --fresh") from error
-
-
-def _read(path: Path) -> bytes:
-    if path.stat().st_size > _MAX_BYTES:
-        raise ValueError(f"{path.name} is larger than {_MAX_BYTES >> 30} GiB")
-    return path.read_bytes()
-
-
-def _parse(data: bytes) -> Any:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number")
-
-    try:
-        return json.loads(data, parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error

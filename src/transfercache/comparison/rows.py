@@ -36,6 +36,7 @@ class ComparedRows:
     manifest: Manifest  # n rows
     row: Int64Array  # int64 [n], ascending rows of the whole manifest
     reported_code: Split
+    n_straddling: int  # groups, or sets of equal images, of all good labelled rows that the given split divides
 
     @property
     def is_train(self) -> BoolArray:
@@ -67,11 +68,6 @@ class ComparedRows:
         """int64 [C]."""
         labels = self.manifest.labels[self.is_train]
         return np.bincount(labels, minlength=len(self.manifest.class_names)).astype(np.int64)
-
-    @cached_property
-    def n_straddling(self) -> int:
-        """Groups, or sets of equal images, that a given split divides between training and the reported rows."""
-        return count_straddling(self.manifest.split, self.manifest.component())
 
     @cached_property
     def digest(self) -> str:
@@ -106,7 +102,10 @@ def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
             "give DATA a val/ or test/ folder, or a larger --val-fraction"
         )
     row = np.flatnonzero(labelled & ((manifest.split == Split.TRAIN) | (manifest.split == reported)))
-    return ComparedRows(manifest.subset(row), row, reported)
+    # As `classes.check_classes` counts them, so that the warning and the figure agree.
+    known = manifest.subset(np.flatnonzero(is_good))
+    n_straddling = count_straddling(known.split[known.labels >= 0], known.component()[known.labels >= 0])
+    return ComparedRows(manifest.subset(row), row, reported, n_straddling)
 
 
 def find_unreadable(manifest: Manifest, *, workers: int | None) -> dict[int, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transfercache.comparison.pace import Pace, measure_pace
 from transfercache.comparison.results import RunResult, save_result
 from transfercache.comparison.strategies import load_kept, result_path, run_strategy
-from transfercache.comparison.strategy import Setting, Strategy
+from transfercache.comparison.strategy import Loop, Setting, Strategy
 from transfercache.comparison.summary import Entry, LeftOut
 
 #: Told a label and how many seconds its runs will still take: before the first, and again after the first epoch.
@@ -30,9 +30,9 @@ class Job:
     kept: dict[int, RunResult]
 
     @property
-    def n_missing(self) -> int:
-        """How many runs are still to be made."""
-        return len(self.paths) - len(self.kept)
+    def missing(self) -> list[int]:
+        """The seeds whose runs are still to be made."""
+        return [seed for seed in self.paths if seed not in self.kept]
 
 
 def plan_jobs(
@@ -62,28 +62,37 @@ def run_jobs(
     """
 
     @functools.cache
-    def pace_of(setting: Setting) -> Pace:
+    def pace_of(setting: Setting, loop: Loop) -> Pace:
         # Random weights run as fast, and none need be downloaded.
-        backbone = setting.random_backbone()
-        return measure_pace(setting.rows.manifest, backbone, device=setting.device, workers=setting.workers)
+        return measure_pace(setting.rows.manifest, setting.random_backbone(), device=setting.device, loop=loop)
 
     def estimate(job: Job) -> float:
-        if not job.n_missing or job.strategy.work is None:
+        if not job.missing or job.strategy.work is None:
             return 0.0
-        return job.n_missing * pace_of(job.setting).estimate(job.strategy.work(job.setting))
+        work = job.strategy.work(job.setting)
+        return len(job.missing) * pace_of(job.setting, work.loop).estimate(work)
 
     for seconds, job in sorted([(estimate(job), job) for job in jobs], key=lambda item: item[0]):
         if seconds and time.perf_counter() + seconds > deadline:
-            yield LeftOut(job.label, seconds, "more than --max-minutes leaves")
+            yield from _leave_out(job, seconds)
             continue
         if seconds:
             on_estimate(job.label, seconds)
         yield _run(job, on_estimate)
 
 
+def _leave_out(job: Job, seconds: float) -> Iterator[Entry | LeftOut]:
+    """Yield what some seeds have left already, and that the others are left out."""
+    reason = "more than --max-minutes leaves"
+    if job.kept:
+        yield Entry(job.label, tuple(job.kept.values()), is_kept=True)
+        reason = f"seeds {', '.join(map(str, job.missing))}: {reason}"
+    yield LeftOut(job.label, seconds, reason)
+
+
 def _run(job: Job, on_estimate: OnEstimate) -> Entry:
     results = []
-    n_left = job.n_missing
+    n_left = len(job.missing)
     for seed, path in job.paths.items():
         result = job.kept.get(seed)
         if result is None:
@@ -92,7 +101,7 @@ def _run(job: Job, on_estimate: OnEstimate) -> Entry:
             result = run_strategy(job.strategy, setting, seed)
             save_result(result, path)
         results.append(result)
-    return Entry(job.label, tuple(results), is_kept=not job.n_missing)
+    return Entry(job.label, tuple(results), is_kept=not job.missing)
 
 
 def _refine(label: str, n_further: int, on_estimate: OnEstimate) -> Callable[[int, int], None]:

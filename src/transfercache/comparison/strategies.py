@@ -83,7 +83,7 @@ def result_path(folder: Path, strategy: Strategy, setting: Setting, seed: int) -
         "tlc": __version__,
     }
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
 
 def load_kept(path: Path, setting: Setting) -> RunResult | None:

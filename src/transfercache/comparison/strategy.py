@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from transfercache import config
 from transfercache.backbones.registry import Backbone
 from transfercache.cache.table import FeatureTable
 from transfercache.comparison.results import Seconds
@@ -32,7 +33,7 @@ class Embeddings(Protocol):
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """`seconds` (wall, for all it holds), `images`, `device`, `machine`, `date`, `is_from_this_run`."""
+        """What making its rows took, by run and in all: see `commands.extract.Extraction.record`."""
         ...
 
     def table(self) -> FeatureTable:
@@ -69,11 +70,24 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """How a strategy feeds its network, on which its pace depends; the defaults are fine-tuning's."""
+
+    batch_size: int = config.FINETUNE_BATCH_SIZE
+    memory_format: torch.memory_format = torch.channels_last
+    workers: int | None = None  # threads or processes that decode; None: as many as threads are given by default
+
+
+DEFAULT_LOOP = Loop()
+
+
+@dataclass(frozen=True)
 class Work:
     """Images that pass the network forward and back, and those that pass it forward alone."""
 
     trained: int
     forward: int
+    loop: Loop = DEFAULT_LOOP
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from statistics import mean, median
 from typing import Any
@@ -15,6 +14,8 @@ from transfercache.metrics import Report, wilson_interval
 
 COMPARISON_SCHEMA_VERSION = 1
 SIGNIFICANT = 0.05
+#: What a duration depends on, of an environment.
+_PLACE = ("machine", "device")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +94,7 @@ class Entry:
             "chosen": dict(first.chosen),
             "best_on_reported": None if first.best_on_reported is None else dict(first.best_on_reported),
             "extraction": None if first.extraction is None else dict(first.extraction),
+            "environment": dict(first.environment),
             "date": first.date,
             "kept": self.is_kept,
         }
@@ -108,10 +110,6 @@ class Pair:
     interval: tuple[float, float]
     p: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the object under `pairs` of the command line's JSON."""
-        return {"a": self.a, "b": self.b, "difference": self.difference, "interval": list(self.interval), "p": self.p}
-
 
 @dataclass(frozen=True)
 class BreakEven:
@@ -120,10 +118,6 @@ class BreakEven:
     cached: str
     against: str
     experiments: int | None  # None: a further head is no faster
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object under `break_even` of the command line's JSON."""
-        return {"cached": self.cached, "against": self.against, "experiments": self.experiments}
 
 
 @dataclass(frozen=True)
@@ -156,6 +150,12 @@ class Summary:
     environment: dict[str, Any]
     note: str = ""  # what the title adds
 
+    def from_elsewhere(self, entry: Entry) -> RunResult | None:
+        """Return the first of its results that another machine or device made: its seconds tell nothing here."""
+        here = [self.environment[key] for key in _PLACE]
+        others = (result for result in entry.results if [result.environment[key] for key in _PLACE] != here)
+        return next(others, None)
+
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
         """Every two strategies."""
@@ -163,7 +163,8 @@ class Summary:
 
     @cached_property
     def break_even(self) -> tuple[BreakEven, ...]:
-        """Each cached strategy against each that trained on images through the same backbone."""
+        """Each cached strategy against each that trained on images through the same backbone, both on this machine."""
+        here = [entry for entry in self.entries if self.from_elsewhere(entry) is None]
         return tuple(
             BreakEven(
                 cached.label,
@@ -174,8 +175,8 @@ class Summary:
                     against=other.again_seconds,
                 ),
             )
-            for cached in self.entries
-            for other in self.entries
+            for cached in here
+            for other in here
             if cached.is_cached and not other.is_cached and cached.first.backbone == other.first.backbone
         )
 
@@ -188,10 +189,10 @@ class Summary:
             "n_train": self.n_train,
             "n_reported": self.n_reported,
             "strategies": [entry.to_json() for entry in self.entries],
-            "pairs": _json(self.pairs),
-            "break_even": _json(self.break_even),
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "break_even": [asdict(item) for item in self.break_even],
             "straddling": self.straddling,
-            "left_out": _json(self.left_out),
+            "left_out": [item.to_json() for item in self.left_out],
             "unfinished": list(self.unfinished),
             "warnings": list(self.warnings),
             "environment": self.environment,
@@ -204,7 +205,3 @@ def _pair(a: Entry, b: Entry) -> Pair:
         raise ValueError(f"{a.label} and {b.label} were not evaluated on the same rows")
     counts = count_pairs(a.first.is_right, b.first.is_right)
     return Pair(a.label, b.label, counts.difference, difference_interval(counts), mcnemar_p(counts))
-
-
-def _json(items: Sequence[Pair] | Sequence[BreakEven] | Sequence[LeftOut]) -> list[dict[str, Any]]:
-    return [item.to_json() for item in items]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from transfercache import config
 from transfercache.backbones.registry import Backbone
-from transfercache.comparison.strategy import Outcome, Setting, Source, Strategy, Work, uncached
+from transfercache.comparison.strategy import Loop, Outcome, Setting, Source, Strategy, Work, uncached
 from transfercache.comparison.tutorial import TUTORIAL_EPOCHS, TUTORIAL_WORKERS, train_tutorial
 from transfercache.errors import DataError
 from transfercache.finetuning.loop import finetune
@@ -47,7 +48,8 @@ def _ours(name: str, source: Source, *, batch_norm: str) -> Strategy:
         return {key: value for key, value in named.items() if key not in ("seed", "workers")}
 
     def work(setting: Setting) -> Work:
-        return Work(trained=setting.epochs * setting.rows.n_train, forward=setting.rows.n_reported)
+        trained = setting.epochs * setting.rows.n_train
+        return Work(trained, setting.rows.n_reported, Loop(workers=setting.workers))
 
     return Strategy(name=name, source=source, run=run, options=identity, work=work)
 
@@ -90,7 +92,7 @@ def tutorial(name: str, *, lr_backbone: float | None) -> Strategy:
 
     def run(setting: Setting, seed: int) -> Outcome:
         rows, workers = setting.rows, _worker_processes()
-        result = train_tutorial(
+        outcome = train_tutorial(
             rows.manifest,
             setting.backbone(),
             train=np.flatnonzero(rows.is_train),
@@ -101,24 +103,14 @@ def tutorial(name: str, *, lr_backbone: float | None) -> Strategy:
             workers=workers,
             on_epoch=setting.on_epoch,
         )
-        best = int(np.argmax(result.reported_accuracy))
-        by_epoch = [
-            {"train_loss": loss, "reported_accuracy": accuracy}
-            for loss, accuracy in zip(result.train_loss, result.reported_accuracy, strict=True)
-        ]
-        return Outcome(
-            probabilities=result.probabilities,
-            seconds=uncached(result.seconds),
-            passes=result.passes,
-            chosen={**options, "by": "last epoch", "worker_processes": workers, "by_epoch": by_epoch},
-            best_on_reported={"accuracy": result.reported_accuracy[best], "epoch": best + 1},
-        )
+        return replace(outcome, chosen={**options, "worker_processes": workers, **outcome.chosen})
 
     def work(setting: Setting) -> Work:
         trained = TUTORIAL_EPOCHS * setting.rows.n_train
         evaluated = TUTORIAL_EPOCHS * setting.rows.n_reported
+        loop = Loop(config.SEED_BATCH_SIZE, torch.contiguous_format, max(1, _worker_processes()))
         # A frozen backbone needs no gradients.
-        return Work(0, trained + evaluated) if lr_backbone is None else Work(trained, evaluated)
+        return Work(0, trained + evaluated, loop) if lr_backbone is None else Work(trained, evaluated, loop)
 
     return Strategy(name, Source.BACKBONE, run=run, options=lambda setting: options, work=work)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,13 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from transfercache import config
-from transfercache.backbones.devices import synchronize
+from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.backbones.weights import seeded
+from transfercache.comparison.strategy import Outcome, uncached
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
+from transfercache.metrics import accuracy, predicted_classes
 from transfercache.randomness import derive_seed
 from transfercache.spec import Preprocessing
 from transfercache.stopwatch import Stopwatch
@@ -41,17 +42,6 @@ TUTORIAL_EPOCHS = 5
 DECAY_EVERY, DECAY = 7, 0.1
 #: The tutorial's worker processes; none where as many cores are not left over beside the network.
 TUTORIAL_WORKERS = 4
-
-
-@dataclass(frozen=True, eq=False)
-class TutorialRun:
-    """What a loop left; the figures by epoch are those that the tutorial prints."""
-
-    probabilities: Float64Array  # float64 [M, C], of the last epoch
-    reported_accuracy: tuple[float, ...]  # by epoch
-    train_loss: tuple[float, ...]  # by epoch, mean over the images as they were trained on
-    passes: int
-    seconds: dict[str, float]  # train and evaluate, decoding included; total
 
 
 class TutorialImages(Dataset[tuple[torch.Tensor, int]]):
@@ -88,11 +78,13 @@ def train_tutorial(
     device: torch.device,
     workers: int,
     on_epoch: Callable[[int, int], None],
-) -> TutorialRun:
+) -> Outcome:
     """Run the loop on the manifest's rows `train` and report on `reported`; `lr_backbone` None freezes the backbone.
 
-    `backbone` stays as it was. `on_epoch` is told the epoch that is done, and how many there are. The same seed gives
-    the same bits on the same machine's CPU, whatever `workers`.
+    `chosen` of the outcome has what the tutorial prints of each epoch: the mean loss over the images as they were
+    trained on, and the accuracy on the reported ones. `backbone` stays as it was. `on_epoch` is told the epoch that is
+    done, and how many there are. The same seed gives the same bits on the same machine's CPU, whatever `workers`.
+    Raises ResourceError where the device has not the memory.
     """
     watch = Stopwatch()
     network = network_with_head(backbone, len(manifest.class_names), seed=seed).to(device)
@@ -102,9 +94,11 @@ def train_tutorial(
     batches = make_loader(augmented, seed=seed, workers=workers)
     evaluated = TutorialImages(manifest, reported, eval_transform(backbone.preprocessing), seed=seed)
     held_out = DataLoader(evaluated, batch_size=config.SEED_BATCH_SIZE, num_workers=workers)
+    n_train_per_class = np.bincount(manifest.labels[train], minlength=len(manifest.class_names))
     losses, accuracies = [], []
     probabilities = np.zeros((0, 0))
-    with _shown(TUTORIAL_EPOCHS * (len(train) + len(reported))) as bar, seeded(derive_seed(seed, "dropout")):
+    n_images = TUTORIAL_EPOCHS * (len(train) + len(reported))
+    with _shown(n_images) as bar, seeded(derive_seed(seed, "dropout")), memory_errors(device):
         for epoch in range(1, TUTORIAL_EPOCHS + 1):
             augmented.epoch = epoch
             with watch.stage("train"):
@@ -113,14 +107,18 @@ def train_tutorial(
                 synchronize(device)
             with watch.stage("evaluate"):
                 probabilities = evaluate_epoch(network, held_out, device=device, bar=bar)
-            accuracies.append(float(np.mean(probabilities.argmax(axis=1) == manifest.labels[reported])))
+            predicted = predicted_classes(probabilities, n_train_per_class=n_train_per_class)
+            accuracies.append(accuracy(manifest.labels[reported], predicted))
             on_epoch(epoch, TUTORIAL_EPOCHS)
-    return TutorialRun(
+    by_epoch = [
+        {"train_loss": loss, "reported_accuracy": share} for loss, share in zip(losses, accuracies, strict=True)
+    ]
+    return Outcome(
         probabilities=probabilities,
-        reported_accuracy=tuple(accuracies),
-        train_loss=tuple(losses),
-        passes=TUTORIAL_EPOCHS * (len(train) + len(reported)),
-        seconds=watch.seconds(),
+        seconds=uncached(watch.seconds()),
+        passes=n_images,
+        chosen={"by": "last epoch", "by_epoch": by_epoch},
+        best_on_reported={"accuracy": max(accuracies), "epoch": 1 + accuracies.index(max(accuracies))},
     )
 
 

@@ -91,7 +91,7 @@ def finetune(
         groups=groups,
         epochs=epochs,
         chosen_epoch=chosen_epoch,
-        n_train=len(run.reader.readable(rows.train)),
+        n_train_per_class=_count_trained(run),
         reported_rows=reported_rows,
         probabilities=torch.softmax(logits, dim=1).numpy(),
         bad=tuple((manifest.paths[row], bad[row]) for row in sorted(bad)),
@@ -198,6 +198,12 @@ def _shown(batches: Iterator[Batch], n_rows: int, desc: str) -> Generator[Batch,
             bar.update(len(batch.rows))
 
 
+def _count_trained(run: _Run) -> Int64Array:
+    """Return int64 [C]: the training images of each class that could be read."""
+    labels = run.manifest.labels[run.reader.readable(run.rows.train)]
+    return np.bincount(labels, minlength=len(run.manifest.class_names))
+
+
 def _linear_head(
     run: _Run, backbone: Backbone, *, groups: tuple[ParameterGroup, ...], spec: ExtractSpec, chosen_epoch: int
 ) -> LinearHead:
@@ -211,7 +217,7 @@ def _linear_head(
         class_names=run.manifest.class_names,
         spec=spec,
         solver="finetune",
-        n_train=len(run.reader.readable(run.rows.train)),
+        n_train=int(_count_trained(run).sum()),
         chosen={
             "epoch": chosen_epoch,
             "epochs": options.epochs,

@@ -38,10 +38,15 @@ class FinetuneResult:
     groups: tuple[ParameterGroup, ...]
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
-    n_train: int  # images in the last epoch: bad and held-out ones are not among them
+    n_train_per_class: npt.NDArray[np.int64]  # int64 [C], images in the last epoch: not the bad and the held-out ones
     reported_rows: npt.NDArray[np.int64]  # int64 [M], manifest rows in order
     probabilities: npt.NDArray[np.float64]  # float64 [M, C]
     bad: tuple[tuple[str, str], ...]  # (path, reason) in the manifest's order
     passes: int  # images through the network, forward: training, selection and evaluation
     seconds: Mapping[str, float]  # decode (summed over threads), step, evaluate (selection included), total
     canary_logits: npt.NDArray[np.float32]  # float32 [4, C]
+
+    @property
+    def n_train(self) -> int:
+        """Images in the last epoch."""
+        return int(self.n_train_per_class.sum())

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from transfercache import config
-from transfercache.backbones.devices import synchronize
+from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone
 from transfercache.finetuning.batches import Batch
@@ -61,7 +61,7 @@ class Trainer:
         n_trained = 0
         sums: list[torch.Tensor] = []
         for batch in batches:
-            with self.stopwatch.stage("step"):
+            with self.stopwatch.stage("step"), memory_errors(self.device):
                 self._set_rates((epoch - 1 + n_trained / n_rows) / self.options.epochs)
                 sums.append(self._step(batch.pixels, labels[batch.rows]))
             n_trained += len(batch.rows)
@@ -76,7 +76,7 @@ class Trainer:
     def forward_logits(self, pixels: UInt8Array) -> torch.Tensor:
         """Return the logits of uint8 [B, crop, crop, 3] in eval mode, float64 [B, C] on the CPU."""
         self.network.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), memory_errors(self.device):
             logits: torch.Tensor = self.network(self._to_device(pixels))
             return logits.cpu().double()
 

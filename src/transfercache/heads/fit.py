@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int6
 
 #: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
 SOLVERS = ("logistic", "linear")
-CLASS_WEIGHTS = ("none", "balanced")
-OPTIMIZERS = ("adamw", "lbfgs")
+KNN = "knn"
+#: Which of the settings each of them has.
+SETTINGS_OF = {"logistic": ("C", "class-weight"), "linear": ("class-weight", "optimizer"), KNN: ()}
 
 #: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
 #: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.
@@ -43,21 +44,25 @@ def fit_head(
     table: FeatureTable,
     *,
     solver: str = config.SOLVER,
-    C: float | Literal["auto"] = "auto",
-    class_weight: str = config.CLASS_WEIGHT,
-    optimizer: str = "adamw",
+    C: str | float | None = None,
+    class_weight: str | None = None,
+    optimizer: str | None = None,
     seed: int = config.SEED,
 ) -> LinearHead:
     """Fit a head to the labelled rows of `table`, which are all taken as training rows.
 
-    `C` and `optimizer` belong to `logistic` and to `linear`. `balanced` weighs a row by n / (classes * rows of its
-    class), as scikit-learn does, in the fit and in the choice alike. A class without rows gets the probability 0.
-    Raises UsageError for an unknown word, DataError below two classes with rows.
+    A setting that is None is config's; `C` belongs to `logistic`, `optimizer` to `linear`. `balanced` weighs a row by
+    n / (classes * rows of its class), as scikit-learn does, in the fit and in the choice alike. A class without rows
+    gets the probability 0. Raises UsageError for an unknown word or another solver's setting, DataError below two
+    classes with rows.
     """
     fit = pick_solver(solver)
-    _check_word("class-weight", class_weight, CLASS_WEIGHTS)
-    _check_word("optimizer", optimizer, OPTIMIZERS)
-    settings = Settings(_penalty(C), optimizer, seed)
+    check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
+    class_weight = config.CLASS_WEIGHT if class_weight is None else class_weight
+    optimizer = config.OPTIMIZER if optimizer is None else optimizer
+    _check_word("class-weight", class_weight, get_args(config.ClassWeight))
+    _check_word("optimizer", optimizer, get_args(config.Optimizer))
+    settings = Settings(_penalty(config.C if C is None else C), optimizer, seed)
     table = table.subset(table.labels >= 0)
     classes = _trainable_classes(table)
     targets = np.searchsorted(classes, table.labels).astype(np.int64)
@@ -75,18 +80,31 @@ def fit_head(
     )
 
 
+def check_settings(solver: str, *, C: str | float | None, class_weight: str | None, optimizer: str | None) -> None:
+    """Raise UsageError where a setting is given, not None, that this solver, or `knn`, does not have."""
+    given = {"C": C, "class-weight": class_weight, "optimizer": optimizer}
+    for flag, value in given.items():
+        if value is not None and flag not in SETTINGS_OF.get(solver, given):
+            owners = " and ".join(name for name, flags in SETTINGS_OF.items() if flag in flags)
+            raise UsageError(f"--{flag} belongs to --solver {owners}, and {solver} has none; leave it out")
+
+
 def _check_word(flag: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"--{flag} {value!r} is not one of {', '.join(known)}{did_you_mean(value, known)}")
 
 
-def _penalty(C: float | Literal["auto"]) -> float | None:
-    """Return C itself, or None where it is to be chosen."""
+def _penalty(C: str | float) -> float | None:
+    """Return C as a number, or None where it is to be chosen."""
     if C == "auto":
         return None
-    if isinstance(C, str) or not 0 < C < math.inf:
-        raise UsageError(f"--C {C!r} must be a positive number, or auto")
-    return float(C)
+    try:
+        value = float(C) if isinstance(C, str) else C
+    except ValueError:
+        raise UsageError(f"--C {C!r} must be a positive number, or auto") from None
+    if not 0 < value < math.inf:
+        raise UsageError(f"--C {value!r} must be a positive number, or auto")
+    return float(value)
 
 
 def _trainable_classes(table: FeatureTable) -> Int64Array:

@@ -6,11 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.cache.table import FeatureTable
 from transfercache.errors import DataError
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+Int64Array = npt.NDArray[np.int64]
 
 #: Similarities held at once: 16 MiB of float32, and about as much again for each mask over them.
 BLOCK_ELEMENTS = 1 << 22
@@ -19,17 +19,18 @@ TIE_WEIGHT = 1e-6
 
 
 def knn_probabilities(
-    table: FeatureTable, queries: Float32Array, *, k: int = config.KNN_NEIGHBOURS, n_classes: int
+    features: Float32Array, labels: Int64Array, queries: Float32Array, *, n_classes: int, k: int = config.KNN_NEIGHBOURS
 ) -> Float64Array:
     """Return float64 [M, C]: each class's share of the votes of the k nearest labelled rows, for queries [M, D].
 
+    The rows are `features` [N, D] with `labels` [N], -1 where unlabelled.
     A tie in votes goes to the class of larger summed similarity: it is ahead by some 1e-6. Of rows equally near the
     earlier vote. With fewer than k rows all of them vote. Raises DataError where no row is labelled.
     """
-    labels = table.labels[table.labels >= 0]
+    features, labels = features[labels >= 0], labels[labels >= 0]
     if len(labels) == 0:
         raise DataError("kNN needs labelled training rows, and there is none; give labels with --labels FIXES.csv")
-    rows = _unit_length(table.features[table.labels >= 0])  # float32 [N, D]
+    rows = _unit_length(features)  # float32 [N, D]
     n_neighbours = min(k, len(labels))
     probabilities = np.empty((len(queries), n_classes))
     block_rows = max(1, BLOCK_ELEMENTS // len(labels))
@@ -43,7 +44,7 @@ def knn_probabilities(
     return probabilities
 
 
-def _count(labels: npt.NDArray[np.int64], votes: Float64Array, n_classes: int) -> Float64Array:
+def _count(labels: Int64Array, votes: Float64Array, n_classes: int) -> Float64Array:
     """Return float64 [B, C]: the sum of `votes` [B, k] by their `labels` [B, k]."""
     cells = np.arange(len(labels))[:, None] * n_classes + labels
     counts = np.bincount(cells.ravel(), weights=votes.ravel(), minlength=len(labels) * n_classes)

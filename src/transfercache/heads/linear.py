@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from transfercache.errors import UsageError
 from transfercache.heads.problem import Affine, Chosen, Problem, Scale
 from transfercache.heads.select import select
 from transfercache.heads.threads import threads_for
@@ -30,28 +29,23 @@ LBFGS_EPOCHS = 40
 DEFAULT_EPOCHS = 20
 
 
-def fit_linear(problem: Problem, *, device: str = "cpu") -> tuple[Affine, Chosen]:
+def fit_linear(problem: Problem) -> tuple[Affine, Chosen]:
     """Train from zero weights on standardised features for the number of epochs of lowest mean held-out log loss.
 
     Each fold is trained once and scored after every epoch; then all rows are trained on for the best number. An epoch
     of `adamw` is a pass in shuffled minibatches at a constant rate, so that its curve does not depend on where it
     ends; one of `lbfgs` is an iteration on all rows with a strong Wolfe line search. Bit-identical for a seed on one
-    machine. Raises UsageError for a C: nothing is penalised here.
+    machine.
     """
-    settings = problem.settings
-    if settings.C is not None:
-        raise UsageError("--C belongs to --solver logistic; linear is regularised by its number of epochs")
     with threads_for(_multiplications(problem)):
-        epochs, chosen = _choose_epochs(problem, device=device)
-        *_, fitted = _train(problem, n_epochs=epochs, device=device)
-    return fitted, {"epochs": epochs, "optimizer": settings.optimizer, **chosen, "standardised": True}
+        epochs, chosen = _choose_epochs(problem)
+        *_, fitted = _train(problem, n_epochs=epochs)
+    return fitted, {"epochs": epochs, "optimizer": problem.settings.optimizer, **chosen, "standardised": True}
 
 
-def _choose_epochs(problem: Problem, *, device: str) -> tuple[int, Chosen]:
+def _choose_epochs(problem: Problem) -> tuple[int, Chosen]:
     n_epochs = max_epochs(len(problem.targets), problem.settings.optimizer)
-    selection = select(
-        problem, lambda fold: _train(fold, n_epochs=n_epochs, device=device), name="the number of epochs"
-    )
+    selection = select(problem, lambda fold: _train(fold, n_epochs=n_epochs), name="the number of epochs")
     if selection is None:
         return DEFAULT_EPOCHS, {"by": "default: no class can be held out"}
     return selection.position + 1, selection.chosen
@@ -77,14 +71,14 @@ def n_batches(n_rows: int) -> int:
 
 
 class _Layer:
-    """Standardised rows on the device, and the weights under training, from zero: the loss is convex."""
+    """Standardised rows, and the weights under training, from zero: the loss is convex."""
 
     def __init__(self, problem: Problem, x: torch.Tensor) -> None:
         self.x = x  # float32 [N, D]
-        self.targets = torch.from_numpy(problem.targets).to(x.device)
+        self.targets = torch.from_numpy(problem.targets)
         self.row_weights = torch.from_numpy(problem.row_weights).to(x)
-        self.weight = torch.zeros(problem.n_targets, x.shape[1], device=x.device)
-        self.bias = torch.zeros(problem.n_targets, device=x.device)
+        self.weight = torch.zeros(problem.n_targets, x.shape[1])
+        self.bias = torch.zeros(problem.n_targets)
 
     def backward(self, rows: torch.Tensor | slice) -> torch.Tensor:
         """Set the gradients of the weighted mean loss of these rows, and return it.
@@ -100,14 +94,14 @@ class _Layer:
         return -(log_p.gather(1, targets) * row_weights).sum()
 
 
-def _train(problem: Problem, *, n_epochs: int, device: str) -> Iterator[Affine]:
+def _train(problem: Problem, *, n_epochs: int) -> Iterator[Affine]:
     """Yield the map after each epoch, on raw embeddings."""
     scale = Scale.of(problem.features)
-    layer = _Layer(problem, torch.from_numpy(scale.apply(problem.features)).float().to(device))
+    layer = _Layer(problem, torch.from_numpy(scale.apply(problem.features)).float())
     run_epoch = _EPOCHS[problem.settings.optimizer](layer, problem.settings.seed)
     for _ in range(n_epochs):
         run_epoch()
-        yield scale.fold(layer.weight.detach().double().cpu().numpy(), layer.bias.detach().double().cpu().numpy())
+        yield scale.fold(layer.weight.double().numpy(), layer.bias.double().numpy())
 
 
 def _adamw_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
@@ -120,7 +114,7 @@ def _adamw_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
     def run_epoch() -> None:
         # Batches of equal size, to within one row: a last batch of a few rows would be a noisy step.
         for rows in torch.randperm(n_rows, generator=generator).tensor_split(n_batches(n_rows)):
-            layer.backward(rows.to(layer.x.device))
+            layer.backward(rows)
             optimizer.step()
 
     return run_epoch

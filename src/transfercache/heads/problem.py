@@ -18,7 +18,7 @@ Chosen = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    """What a user may ask of a solver; each reads its own and refuses what it cannot honour."""
+    """What a user may ask of a solver; each reads its own (`fit.SETTINGS_OF`)."""
 
     C: float | None  # inverse strength of the l2 penalty, scikit-learn's; None: chosen by cross-validation
     optimizer: str

@@ -6,10 +6,11 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from transfercache.errors import DecodeError
 
@@ -35,17 +36,6 @@ _PILLOW_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-
-# What the EXIF orientation asks for, so that the image stands upright (EXIF 2.32, tag 0x0112).
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 _PILLOW_MODULES = r"PIL\."
 
@@ -79,15 +69,15 @@ def decode_image(data: bytes, path: str) -> Image.Image:
             if width * height > MAX_PIXELS:
                 raise DecodeError(path, f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
             opened.load()
-            upright = _UPRIGHT.get(_orientation(opened))
-            image = _to_rgb(opened, path)
+            with suppress(*_PILLOW_ERRORS):  # damaged metadata is no reason to lose the pixels
+                ImageOps.exif_transpose(opened, in_place=True)
+            return _to_rgb(opened, path)
     except UnidentifiedImageError as error:
         raise DecodeError(path, _what_it_is(data)) from error
     except Image.DecompressionBombError as error:
         raise DecodeError(path, f"more than {MAX_PIXELS // 10**6} million pixels") from error
     except _PILLOW_ERRORS as error:
         raise DecodeError(path, _damage(error)) from error
-    return image if upright is None else image.transpose(upright)
 
 
 def _silence_pillow() -> None:
@@ -98,13 +88,6 @@ def _silence_pillow() -> None:
     first = warnings.filters[0] if warnings.filters else None
     if first is None or first[0] != "ignore" or getattr(first[3], "pattern", None) != _PILLOW_MODULES:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES)
-
-
-def _orientation(image: ImageFile.ImageFile) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _PILLOW_ERRORS:  # damaged metadata is no reason to lose the pixels
-        return 1
 
 
 def _to_rgb(image: Image.Image, path: str) -> Image.Image:

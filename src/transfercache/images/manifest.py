@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +29,8 @@ _UNTRUSTED_MTIME = -1
 _ROWS_PER_TASK = 64
 
 
-class KnownFile(NamedTuple):
-    """What an earlier scan recorded of one file; `digest` is the SHA-256 of its bytes (32 bytes)."""
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-    digest: bytes
+#: What an earlier scan recorded of one file: size, mtime_ns, ctime_ns, inode, and the SHA-256 of its bytes (32 bytes).
+KnownFile = tuple[int, int, int, int, bytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +51,7 @@ class Manifest:
     digests: UInt8Array  # uint8 [N, 32], SHA-256 of the file's bytes; zeros: unknown
     unreadable: Mapping[int, str]  # row -> reason
     has_given_split: bool
-    skipped: Mapping[str, int]  # first path of each kind of file that was not taken -> how many of that kind
+    skipped: Mapping[str, tuple[str, int]]  # why files were not taken -> the first of them, and how many
 
     def __post_init__(self) -> None:
         n_rows = len(self.paths)
@@ -110,9 +103,7 @@ class Manifest:
         return readable
 
 
-def hash_files(
-    manifest: Manifest, *, known: Mapping[str, tuple[int, int, int, int, bytes]], scanned_ns: int
-) -> Manifest:
+def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns: int) -> Manifest:
     """Return `manifest` with every file's digest, reading those that `known` (a KnownFile by path) cannot vouch for.
 
     A file is taken as known where size, mtime, ctime and inode are as recorded, and it is more than two seconds

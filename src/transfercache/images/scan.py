@@ -24,9 +24,13 @@ _INODE_MASK = (1 << 63) - 1
 FolderId = tuple[int, int]
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file is taken for an image by its extension, in any case."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def _why_not(name: str) -> str:
+    """Return why a file is not taken for an image, by its name alone; empty where it is."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower().endswith(IMAGE_EXTENSIONS):
+        return ""
+    return f"not an image by its extension {os.path.splitext(name)[1].lower()}".rstrip()
 
 
 class Scan:
@@ -62,10 +66,14 @@ class Scan:
         self._labels.append(label)
         self._split.append(split)
 
-    def skip(self, path: str, kind: str) -> None:
-        """Count a file that is not taken, and keep the first path of its kind."""
-        first, count = self._skipped.get(kind, (path, 0))
-        self._skipped[kind] = (first, count + 1)
+    def skip_loose(self, files: Sequence[os.DirEntry[str]], shown: str) -> None:
+        """Count the files beside class folders: an image there is of no class."""
+        for entry in files:
+            self._skip(_join(shown, entry.name), _why_not(entry.name) or "beside the class folders")
+
+    def _skip(self, path: str, reason: str) -> None:
+        first, count = self._skipped.get(reason, (path, 0))
+        self._skipped[reason] = (first, count + 1)
 
     def add_tree(
         self,
@@ -91,13 +99,11 @@ class Scan:
     ) -> None:
         """Add those of `files` that are images by name; the others, and hidden files, are skipped."""
         for entry in files:
-            path = f"{shown}/{entry.name}" if shown else entry.name
-            if entry.name.startswith("."):
-                self.skip(path, "hidden")
-            elif is_image_name(entry.name):
-                self.add(path, entry.stat, label=label, split=split)
+            path = _join(shown, entry.name)
+            if reason := _why_not(entry.name):
+                self._skip(path, reason)
             else:
-                self.skip(path, os.path.splitext(entry.name)[1].lower())
+                self.add(path, entry.stat, label=label, split=split)
 
     def to_manifest(
         self, *, class_names: Sequence[str] = (), group: Sequence[str] | None = None, has_given_split: bool = False
@@ -125,8 +131,12 @@ class Scan:
             digests=np.zeros((n_rows, 32), dtype=np.uint8),
             unreadable=self.unreadable,
             has_given_split=has_given_split,
-            skipped=dict(self._skipped.values()),
+            skipped=self._skipped,
         )
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
 
 
 def list_folder(folder: str) -> tuple[list[os.DirEntry[str]], list[os.DirEntry[str]]]:
@@ -166,4 +176,4 @@ def _list_tree(folder: str, shown: str, above: frozenset[FolderId], tree: dict[s
         return
     tree[shown] = files
     for entry in folders:
-        _list_tree(entry.path, f"{shown}/{entry.name}" if shown else entry.name, above | {here}, tree)
+        _list_tree(entry.path, _join(shown, entry.name), above | {here}, tree)

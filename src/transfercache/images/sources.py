@@ -12,7 +12,7 @@ from pathlib import Path
 from transfercache.errors import DataError, did_you_mean
 from transfercache.images.manifest import Manifest
 from transfercache.images.named import NAMED, materialise
-from transfercache.images.scan import IMAGE_EXTENSIONS, Scan, folder_id, is_image_name, list_folder
+from transfercache.images.scan import IMAGE_EXTENSIONS, Scan, folder_id, list_folder
 from transfercache.overlay import read_columns
 from transfercache.splits import SPLIT_NAMES, Split
 
@@ -48,11 +48,17 @@ def read_source(data: str | Path) -> Manifest:
 def read_paths(paths: Sequence[str | Path]) -> Manifest:
     """Return an unlabelled manifest of files and folders in the given order (folders sorted, with all below them).
 
-    Paths stay as given, so they are relative to the working folder, which is the root. A file named here is taken
-    whatever its extension. Raises DataError for a path that is not there and where there is no image at all.
+    A single folder has the name, root and paths that `read_source` gives it, and so the same cache. Otherwise paths
+    stay as given, relative to the working folder, which is the root. A file named here is taken whatever its
+    extension. Raises DataError for a path that is not there and where there is no image at all.
     """
     names = [os.path.expanduser(os.fspath(path)) for path in paths]
-    scan = Scan(os.path.basename(os.path.abspath(names[0])) if len(names) == 1 else "images", os.getcwd())
+    if len(names) == 1 and os.path.isdir(names[0]):
+        root = os.path.abspath(names[0])
+        scan = Scan(os.path.basename(root), root)
+        scan.add_tree(root, "")
+        return _not_empty(scan.to_manifest(), root)
+    scan = Scan("images", os.getcwd())
     for name in names:
         if os.path.isdir(name):
             scan.add_tree(name, name.rstrip("/") or "/")
@@ -65,8 +71,9 @@ def read_paths(paths: Sequence[str | Path]) -> Manifest:
 
 def _not_empty(manifest: Manifest, shown: str) -> Manifest:
     if not manifest.n_rows:
-        first = next(iter(manifest.skipped), None)
-        passed = f"; {sum(manifest.skipped.values())} other files, such as {first}" if first else ""
+        skipped = list(manifest.skipped.values())
+        n_skipped = sum(count for _, count in skipped)
+        passed = f"; {n_skipped} other files, such as {skipped[0][0]}" if skipped else ""
         raise DataError(
             f"{shown}: no image in it (looked for {' '.join(IMAGE_EXTENSIONS)}{passed}); "
             "give a folder with images, or with one folder of images per class"
@@ -88,18 +95,11 @@ def _read_folder(root: str) -> Manifest:
     for name, path in by_name.items():
         scan.add_tree(path, name, label=name, above=frozenset({folder_id(root)}))
     if scan.paths:
-        _skip_loose(scan, files, "")
+        scan.skip_loose(files, "")
     else:
         scan.add_images(files, "")  # flat; folders without any image beside the images are no classes
         by_name = {} if scan.paths else by_name
     return _not_empty(scan.to_manifest(class_names=tuple(by_name)), root)
-
-
-def _skip_loose(scan: Scan, files: Sequence[os.DirEntry[str]], shown: str) -> None:
-    """Count the files beside class folders: an image there is of no class."""
-    for entry in files:
-        kind = "beside the classes" if is_image_name(entry.name) else os.path.splitext(entry.name)[1].lower()
-        scan.skip(f"{shown}/{entry.name}" if shown else entry.name, "hidden" if entry.name.startswith(".") else kind)
 
 
 def _read_splits(root: str, by_name: dict[str, str]) -> Manifest:
@@ -114,7 +114,7 @@ def _read_splits(root: str, by_name: dict[str, str]) -> Manifest:
         for entry in classes:
             scan.add_tree(entry.path, f"{split_name}/{entry.name}", label=entry.name, split=split, above=above)
         if classes:
-            _skip_loose(scan, files, split_name)
+            scan.skip_loose(files, split_name)
         else:
             scan.add_images(files, split_name, split=split)  # as contests hand out their test images: unlabelled
     ignored = sorted(by_name.keys() - SPLIT_NAMES.keys())
@@ -131,19 +131,19 @@ def _read_csv(csv_path: Path) -> Manifest:
     has_split = any(columns.get("split", ()))
     splits = columns["split"] if has_split else [""] * len(paths)
     _check_unique(csv_path, lines, paths, labels)
-    scan = Scan(csv_path.stem, root)
+    scan = Scan(f"{csv_path.stem}-csv", root)  # apart from a folder of that name, which may lie around it
     for line, path, label, split in zip(lines, paths, labels, splits, strict=True):
         code = _split_code(csv_path, line, split, is_labelled=has_split and bool(label))
         scan.add(path, partial(os.stat, os.path.join(root, path)), label=label, split=code)
-    missing = [row for row in scan.unreadable if not os.path.lexists(os.path.join(root, paths[row]))]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(
-            f"{csv_path}: line {lines[missing[0]]}: {paths[missing[0]]!r} does not exist{more}; "
-            f"paths are relative to {root}; correct it or remove the line"
-        )
     if not paths:
         raise DataError(f"{csv_path}: no row below the header; add one line per image")
+    missing = [row for row in scan.unreadable if not os.path.lexists(os.path.join(root, paths[row]))]
+    if len(missing) == len(paths):
+        raise DataError(
+            f"{csv_path}: line {lines[0]}: {paths[0]!r} does not exist, nor does any other file that it lists; "
+            f"paths are relative to {root}; correct them"
+        )
+    scan.unreadable |= {row: f"does not exist ({csv_path.name}, line {lines[row]})" for row in missing}
     return scan.to_manifest(group=columns.get("group"), has_given_split=has_split)
 
 

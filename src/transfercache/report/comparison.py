@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -98,9 +99,11 @@ def caption(summary: Summary) -> Iterator[str]:
         yield f"not finished: {', '.join(summary.unfinished)}."
     if summary.straddling:
         yield f"{summary.straddling} groups or sets of equal images lie on both sides of the given split."
-    kept = [f"{entry.label} {_minute(entry.first.date)}" for entry in summary.entries if entry.is_kept]
+    kept = list(_kept(summary))
     if kept:
-        yield f"kept from an earlier run (--fresh repeats it): {', '.join(kept)}."
+        is_far = any(summary.from_elsewhere(entry) for entry in summary.entries)
+        excluded = "; seconds of another machine are in no break-even" if is_far else ""
+        yield f"kept from an earlier run (--fresh repeats it): {', '.join(kept)}{excluded}."
 
 
 def _columns(summary: Summary) -> tuple[str, ...]:
@@ -129,19 +132,41 @@ def _cells(summary: Summary, entry: Entry) -> tuple[str, ...]:
 
 
 def _extractions(summary: Summary) -> Iterator[str]:
-    older = {
-        f"{record['date']} on {record['device']}: {show_seconds(record['seconds'])} for {record['images']} images"
-        for record in (entry.first.extraction for entry in summary.entries)
-        if record is not None and not record["is_from_this_run"]
-    }
-    for line in sorted(older):
-        yield f"extracted earlier, {line}."
+    records = [entry.first.extraction for entry in summary.entries if entry.first.extraction is not None]
+    yield from sorted({_extraction(record) for record in records if not record["is_from_this_run"]})
+    if not all(record["is_complete"] for record in records):
+        yield "extraction: an interrupted run's seconds are not in it."
+
+
+def _extraction(record: Mapping[str, Any]) -> str:
+    runs = record["runs"]
+    if len({_place(run) for run in runs}) > 1:
+        return f"extracted in parts, {'; '.join(_run(run, _place(run)) for run in runs)}."
+    return f"extracted earlier, {_run(record, record['device'])}."
+
+
+def _run(run: Mapping[str, Any], place: str) -> str:
+    return f"{run['date']} on {place}: {show_seconds(run['seconds'])} for {run['images']} images"
+
+
+def _place(environment: Mapping[str, Any]) -> str:
+    machine = environment["machine"]
+    return f"{environment['device']}, {machine['cores']} cores ({machine['vector_units']})"
+
+
+def _kept(summary: Summary) -> Iterator[str]:
+    for entry in summary.entries:
+        elsewhere = summary.from_elsewhere(entry)
+        if elsewhere is not None:
+            yield f"{entry.label} {_minute(elsewhere.date)} on another machine ({_place(elsewhere.environment)})"
+        elif entry.is_kept:
+            yield f"{entry.label} {_minute(entry.first.date)}"
 
 
 def _machine(summary: Summary) -> Iterator[str]:
-    machine, versions = summary.environment["machine"], summary.environment["versions"]
+    versions = summary.environment["versions"]
     shown = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "torchvision") if name in versions)
-    yield f"{summary.environment['device']}, {machine['cores']} cores ({machine['vector_units']}); {shown}."
+    yield f"{_place(summary.environment)}; {shown}."
     for n_workers in {
         e.first.chosen["worker_processes"] for e in summary.entries if "worker_processes" in e.first.chosen
     }:
