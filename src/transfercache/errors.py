@@ -11,7 +11,7 @@ TlcError                1  a bug in tlc, unless a subclass says otherwise
     DownloadError          a download: unreachable, or its digest is wrong
   ResourceError         6  disk full, no permission, out of memory, a missing extra or device
     LockedError            another writer is at work
-  Terminated          143  SIGTERM: what was computed is kept
+  Terminated          143  SIGTERM, as batch systems send it
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class LockedError(ResourceError):
 
 
 class Terminated(TlcError):
-    """SIGTERM arrived; everything that was committed is kept."""
+    """SIGTERM arrived; what was committed to a cache is kept."""
 
     exit_code = 143
 

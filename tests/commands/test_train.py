@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -139,3 +140,20 @@ def test_labels__of_data_that_gives_its_split__leave_new_rows_in_none(pets: Path
     assert table.labels[-4:].tolist() == [0, 0, 0, 0]
     np.testing.assert_array_equal(table.split, cache.rows.split)
     assert table.split[-4:].tolist() == [0, 0, 0, 0]
+
+
+def test_data_whose_labels_were_edited__says_that_the_caches_are_used(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{path},{path.parent.name}" for path in sorted(pets.rglob("*.png"))]
+    csv_path = tmp_path / "rows.csv"
+    csv_path.write_text("\n".join(["path,label", *rows]))
+    extract_features(csv_path, weights="random", cache_dir="cache")
+    csv_path.write_text("\n".join(["path,label", *rows[:-1], rows[-1].replace(",dog", ",cat")]))
+    with caplog.at_level(logging.WARNING):
+        train_head(csv_path, weights="random", cache_dir="cache", C=1.0)
+    assert [line for line in caplog.messages if "labels are not those" in line] == [
+        f"{csv_path}: 1 labels are not those of its cache, which are used (bring them over with: tlc extract-features "
+        f"{csv_path} --backbone resnet18 --weights random --cache-dir cache)"
+    ]

@@ -215,13 +215,21 @@ def _open(cache: str | Path | Extraction, *, backbone: str, weights: str, cache_
     opened = open_cache(found)
     if _is_stale(opened, manifest):
         raise DataError(f"{folder}: has changed since {found} was made; bring that up to date: {shlex.join(words)}")
+    n_relabelled = int(np.sum(opened.rows.label[opened.rows.view == 0] != manifest.labels))
+    if n_relabelled:
+        logger.warning(
+            "%s: %d labels are not those of its cache, which are used (bring them over with: %s)",
+            folder,
+            n_relabelled,
+            shlex.join(words),
+        )
     return opened
 
 
 def _is_stale(cache: Cache, manifest: Manifest) -> bool:
     """Whether the files, or the splits or classes that the data gives, are not those of the cache.
 
-    Labels are not compared: those of the cache may be a label file's.
+    Labels are not among them: those of the cache may be a label file's.
     """
     first = cache.rows.view == 0
     if tuple(itertools.compress(cache.rows.path, first)) != manifest.paths:
