@@ -35,6 +35,7 @@ _WAIT_SECONDS = 5.0
 #: 32 bits, as in the names of torch hub files; fewer digits would prove too little.
 _MIN_DIGITS = 8
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
+# What zipfile raises for damage, for a compression it does not know (NotImplementedError), and for an encrypted member.
 _ARCHIVE_ERRORS = (
     *(zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError),
     *(FileExistsError, IsADirectoryError, NotADirectoryError),  # one member is a file and the folder of another

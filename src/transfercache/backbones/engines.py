@@ -40,7 +40,7 @@ class EagerEngine:
         # A copy, so that the backbone stays as it was loaded. Convolutions run faster on channels-last memory, and
         # the pixels come in that order anyway.
         self._network = copy.deepcopy(backbone.network).eval()
-        self._network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network.to(device).to(memory_format=torch.channels_last)
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return float32 [B, D] for uint8 [B, H, W, 3], row by row; done when it returns.

@@ -144,7 +144,7 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], *, head_pa
     _check_names(own, given, optional=in_head, what=what)
     _check_finite(given, what=what)
     # Torch reads versions of layers from here; a .safetensors file has none, and the names were just checked.
-    given._metadata = own._metadata  # type: ignore[attr-defined]
+    given._metadata = own._metadata  # type: ignore[attr-defined]  # where torch keeps it
     network.load_state_dict(given, strict=False)
     return has_head
 

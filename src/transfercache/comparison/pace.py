@@ -45,7 +45,7 @@ def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device
     )  # uint8 [B, crop, crop, 3]
     decode = time.perf_counter() - start
     network = copy.deepcopy(backbone.network)
-    network.to(device=device, memory_format=loop.memory_format)  # type: ignore[call-overload]
+    network.to(device).to(memory_format=loop.memory_format)
     images = normalise(torch.from_numpy(pixels).to(device), backbone.preprocessing)
     batches = torch.split(images.contiguous(memory_format=loop.memory_format), loop.batch_size)
     optimizer = torch.optim.SGD(network.parameters(), lr=config.SEED_LR_BACKBONE, momentum=config.MOMENTUM)
@@ -75,5 +75,5 @@ def _train(network: torch.nn.Module, batches: Sequence[torch.Tensor], optimizer:
     for images in batches:
         optimizer.zero_grad()
         embeddings = network(images)
-        functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()  # type: ignore[no-untyped-call]
+        functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()
         optimizer.step()

@@ -176,7 +176,7 @@ def train_epoch(
     for images, labels in batches:
         optimizer.zero_grad()
         loss = functional.cross_entropy(network(images.to(device)), labels.to(device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         total += loss.item() * len(images)
         n_images += len(images)

@@ -94,7 +94,7 @@ class Trainer:
         self.optimizer.zero_grad()
         logits = self.network(self._to_device(pixels))
         loss = cross_entropy(logits, target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         n_correct = (logits.detach().argmax(dim=1) == target).sum()
         return torch.stack([loss.detach() * len(target), n_correct.to(loss.dtype)])

@@ -130,7 +130,7 @@ def _lbfgs_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
     optimizer = torch.optim.LBFGS([layer.weight, layer.bias], max_iter=1, line_search_fn="strong_wolfe")
 
     def run_epoch() -> None:
-        optimizer.step(layer.full_loss)  # type: ignore[no-untyped-call]
+        optimizer.step(layer.full_loss)
 
     return run_epoch
 

@@ -15,4 +15,4 @@ MIN_SHARED = 1 << 24
 def threads_for(n_multiplications: int) -> AbstractContextManager[object]:
     """Keep BLAS and OpenMP, which torch runs on, to one thread for the block if its steps are smaller than that."""
     limit = 1 if n_multiplications < MIN_SHARED else None
-    return threadpool_limits(limits=limit)  # type: ignore[no-any-return]
+    return threadpool_limits(limits=limit)  # type: ignore[no-any-return]  # it is untyped
