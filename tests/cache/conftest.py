@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from transfercache.cache.catalogue import FILE_NAME
+from transfercache.cache.provenance import Run
 from transfercache.cache.rows import Rows
 from transfercache.cache.store import Store, find_or_create
 from transfercache.files import sha256_bytes
@@ -21,6 +22,25 @@ from transfercache.spec import ExtractSpec, Preprocessing
 DIM = 6
 BATCH_SIZE = 4
 CLASS_NAMES = ("ant", "bee")
+
+
+def a_run(**changes: Any) -> Run:
+    """A record of ten rows, computed in a second and a half."""
+    values: dict[str, Any] = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "computed": 10,
+        "reused": 0,
+        "checked": 0,
+        "copied_from": None,
+        "seconds": {"total": 1.5},
+        "engine": "eager",
+        "device": "cpu",
+        "batch_size": BATCH_SIZE,
+        "weights": {"kind": "random", "where": "seed 0"},
+        "machine": {"processor": "made", "cores": 2},
+        "versions": {"torch": "2.9", "pillow": "12.0", "numpy": "2.0"},
+    }
+    return Run(**{**values, **changes})
 
 
 class SmallExtraction:
@@ -69,7 +89,7 @@ class SmallExtraction:
                             yield f"wrote from {start}"
                 store.finish_shard(0)
                 yield "finished"
-            store.publish(self.rows(), class_names=CLASS_NAMES, run={"device": "cpu", "seconds": {"total": 1.5}})
+            store.publish(self.rows(), class_names=CLASS_NAMES, run=a_run())
         yield "published"
 
     def run(self, cache_dir: Path, *, written: list[int] | None = None) -> Path:
@@ -110,6 +130,11 @@ def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def extraction() -> SmallExtraction:
     return SmallExtraction()
+
+
+@pytest.fixture
+def make_run() -> Callable[..., Run]:
+    return a_run
 
 
 @pytest.fixture

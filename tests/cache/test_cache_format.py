@@ -41,21 +41,24 @@ def test_document__its_last_ten_lines_read_a_shard(
     assert names["views"].tolist() == [0] * 10
 
 
-def test_document__its_checksum_is_tlcs(tmp_path: Path, extraction: Any, blocks: list[str]) -> None:
+@pytest.mark.parametrize("dtype", ["<f4", "<f2"])
+@pytest.mark.parametrize("dim", [5, 6])
+def test_document__its_checksum_is_tlcs(extraction: Any, blocks: list[str], dtype: str, dim: int) -> None:
     names: dict[str, Any] = {"np": np}
     exec(blocks[0], names)
-    views = np.arange(10, dtype=np.uint8)
-    expected = row_checksums(np.arange(10), views, extraction.digests, extraction.features)
-    np.testing.assert_array_equal(names["row_checksums"](extraction.digests, views, extraction.features), expected)
+    views, features = np.arange(10, dtype=np.uint8), np.ascontiguousarray(extraction.features[:, :dim], dtype)
+    expected = row_checksums(np.arange(10), views, extraction.digests, features)
+    np.testing.assert_array_equal(names["row_checksums"](extraction.digests, views, features), expected)
 
 
-def test_document__golden_checksum() -> None:
-    stated = re.search(r"have the checksum `(0x[0-9a-f]{16})`", DOCUMENT.read_text())
+@pytest.mark.parametrize(("dtype", "golden"), [("float32", 0x5AAB8B2F1C1C61BA), ("float16", 0x39F509A2E77E45BA)])
+def test_document__golden_checksum(dtype: str, golden: int) -> None:
+    stated = re.search(rf"`(0x[0-9a-f]{{16}})` as\s+{dtype}", DOCUMENT.read_text())
     digest = np.arange(32, dtype=np.uint8)[None]
-    features = np.array([[1.0, -2.5, 0.0]], np.float32)
+    features = np.array([[1.0, -2.5, 0.0]], dtype)
     made = row_checksums(np.array([5]), np.array([1], np.uint8), digest, features)
     assert stated is not None
-    assert int(stated[1], 16) == int(made[0]) == 0x5AAB8B2F1C1C61BA
+    assert int(stated[1], 16) == int(made[0]) == golden
 
 
 def test_shard__h5py_sees_what_tlc_serves(finished: Path) -> None:

@@ -17,7 +17,7 @@ from transfercache.files import sha256_bytes
 
 
 @pytest.fixture
-def catalogue(extraction: Any) -> Catalogue:
+def catalogue(extraction: Any, make_run: Any) -> Catalogue:
     shard = ShardEntry(
         file="shard-00002.h5",
         n_rows=10,
@@ -38,7 +38,7 @@ def catalogue(extraction: Any) -> Catalogue:
         class_names=("ant", "été"),
         shards=(shard, replace(shard, file="shard-00007.h5", finished=True, digest="0" * 64)),
         rows=RowsEntry(f"rows-{sha256[:8]}.safetensors", sha256),
-        provenance=({"device": "cpu", "seconds": {"total": 1.25}},),
+        provenance=(make_run(),),
     )
 
 
@@ -75,6 +75,10 @@ def test_catalogue__every_flipped_byte_is_refused(catalogue: Catalogue) -> None:
 
 def _set_shard(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda catalogue: catalogue["shards"][0].update({name: value})
+
+
+def _set_run(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda catalogue: catalogue["provenance"][0].update({name: value})
 
 
 def _nest(catalogue: dict[str, Any]) -> None:
@@ -117,6 +121,16 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "canaries that are no hex": (lambda c: c["canaries"].__setitem__(0, "xyz"), "non-hexadecimal"),
     "a canary that is NaN": (lambda c: c.update(canaries=["0000c07f" * 6] * 4), "canaries are not finite"),
     "a class name that is a number": (lambda c: c["class_names"].append(3), "class_names must hold str"),
+    "a run without a cost": (_set_run("seconds", {}), "a run's seconds must be numbers, and have a total"),
+    "a run that took forever": (_set_run("seconds", {"total": 1e999}), "Infinity is not JSON"),
+    "a run that took text": (_set_run("seconds", {"total": "1"}), "a run's seconds must be numbers"),
+    "a run before its start": (_set_run("seconds", {"total": -1.0}), "finite and not negative"),
+    "a run of negative rows": (_set_run("computed", -1), "a run's counts must not be negative"),
+    "a run of no date": (_set_run("date", "yesterday"), "Invalid isoformat string"),
+    "a run with a nested version": (_set_run("versions", {"torch": ["2"]}), "a run's versions must hold str"),
+    "a run on a nested machine": (_set_run("machine", {"cores": {}}), "a run's machine must hold"),
+    "a run with another field": (_set_run("trick", 1), "a run has the fields"),
+    "a storage dtype that is none": (lambda c: c["spec"].update(storage_dtype="int8"), "storage_dtype 'int8' is none"),
     "JSON too deep": (_nest, "nested deeper than 12"),
 }
 
@@ -153,8 +167,8 @@ def test_read_catalogue__names_the_file_and_the_next_step(tmp_path: Path, catalo
 
 
 def test_to_bytes__keeps_the_latest_runs_and_refuses_to_outgrow_its_reader(catalogue: Catalogue) -> None:
-    many = replace(catalogue, provenance=tuple({"run": i} for i in range(1200)))
-    assert [run["run"] for run in Catalogue.from_bytes(many.to_bytes()).provenance] == list(range(200, 1200))
+    many = replace(catalogue, provenance=tuple(replace(catalogue.provenance[0], computed=i) for i in range(1200)))
+    assert [run.computed for run in Catalogue.from_bytes(many.to_bytes()).provenance] == list(range(200, 1200))
     with pytest.raises(DataError, match="class names take more than"):
         replace(catalogue, class_names=("x" * (17 << 20),)).to_bytes()
 

@@ -20,13 +20,13 @@ from transfercache.files import sha256_bytes
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], Any]], None]
 
 
-def test_open_cache__what_was_published(finished: Path, extraction: Any) -> None:
+def test_open_cache__what_was_published(finished: Path, extraction: Any, make_run: Any) -> None:
     cache = open_cache(str(finished))
     assert (cache.spec, cache.data_name, cache.data_root) == (extraction.spec, "insects", Path("/data/insects"))
     assert cache.class_names == ("ant", "bee")
     assert (cache.n_rows, cache.n_bad) == (10, 0)
     assert cache.canaries.tobytes() == extraction.canaries.tobytes()
-    assert cache.provenance == ({"device": "cpu", "seconds": {"total": 1.5}},)
+    assert cache.provenance == (make_run(),)
     assert cache.known_files()["train/é4.jpg"] == (1004, 14, 24, 34, extraction.digests[4].tobytes())
     assert repr(cache) == f"Cache('{finished}': 10 images, 0 bad, 6 features)"
 
@@ -66,7 +66,9 @@ def test_table__bad_and_unlabelled_rows(tmp_path: Path, make_extraction: Any) ->
     assert cache.arrays()[1].tolist() == [-1, -1, -1, 1, 1, 1, 1, 1, 1]
 
 
-def test_table__rows_of_several_shards_and_equal_content(finished: Path, extraction: Any, make_extraction: Any) -> None:
+def test_table__rows_of_several_shards_and_equal_content(
+    finished: Path, extraction: Any, make_extraction: Any, make_run: Any
+) -> None:
     more = make_extraction(n_images=14)
     store = Store(finished)
     with store.writing():
@@ -77,7 +79,7 @@ def test_table__rows_of_several_shards_and_equal_content(finished: Path, extract
         content = np.array([13, 0, 12, 1, 11, 2, 2, 3, 10, 10, 4, 9, 5, 6])
         shard, slot = (content >= 10).astype(np.int32), content % 10
         rows = more.rows(digest=more.digests[content], shard=shard, slot=slot)
-        store.publish(rows, class_names=("ant", "bee"), run={})
+        store.publish(rows, class_names=("ant", "bee"), run=make_run())
     cache = open_cache(finished)
     np.testing.assert_array_equal(cache.table().features, more.features[content])
     np.testing.assert_array_equal(cache.table("val").features, more.features[content[[2, 5, 8, 11]]])
@@ -184,11 +186,21 @@ def test_open_cache__read_only_folder(finished: Path, extraction: Any) -> None:
         finished.chmod(0o755)
 
 
-def test_table__features_not_finite(tmp_path: Path, extraction: Any) -> None:
-    extraction.features[2, 3] = np.nan
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_table__features_not_finite(tmp_path: Path, extraction: Any, value: float) -> None:
+    extraction.features[2, 3] = value
     cache = open_cache(extraction.run(tmp_path))
-    with pytest.raises(CacheError, match=r"^train/é2\.jpg: its features are not finite"):
-        cache.table()
+    for _ in range(2):
+        with pytest.raises(
+            CacheError, match=r"^train/é2\.jpg: its features are not finite .* remove it, and extract a"
+        ):
+            cache.table()
+    assert cache.table("train").row.tolist() == [0, 1, 3, 4, 6, 7, 9]  # the row is not asked for
+
+
+def test_table__finite_features_whose_sum_overflows(tmp_path: Path, extraction: Any) -> None:
+    extraction.features = np.full_like(extraction.features, 3e38)
+    assert open_cache(extraction.run(tmp_path)).table().features.max() == np.float32(3e38)
 
 
 def test_table__a_row_is_proved_once_a_process(
@@ -208,12 +220,12 @@ def test_table__a_row_is_proved_once_a_process(
 
 
 def test_open_cache__published_between_its_two_reads(
-    finished: Path, extraction: Any, monkeypatch: pytest.MonkeyPatch
+    finished: Path, extraction: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = read_catalogue(finished)
     store = Store(finished)
     with store.writing():
-        store.publish(extraction.rows(label=np.ones(10, np.int64)), class_names=("ant", "bee"), run={})
+        store.publish(extraction.rows(label=np.ones(10, np.int64)), class_names=("ant", "bee"), run=make_run())
     answers = iter([stale])
 
     def read_stale_first(folder: Path) -> Catalogue:
@@ -230,7 +242,7 @@ def test_cache__unfinished_shard_beside_published_rows(finished: Path, extractio
     np.testing.assert_array_equal(open_cache(finished).table().features, extraction.features)
 
 
-def test_table__more_rows_than_are_proved_at_a_time(tmp_path: Path, make_extraction: Any) -> None:
+def test_table__more_rows_than_are_proved_at_a_time(tmp_path: Path, make_extraction: Any, make_run: Any) -> None:
     extraction = make_extraction(n_images=1300)
     folder = extraction.run(tmp_path)
     np.testing.assert_array_equal(open_cache(folder).table().features, extraction.features)
@@ -238,7 +250,7 @@ def test_table__more_rows_than_are_proved_at_a_time(tmp_path: Path, make_extract
     store = Store(folder)
     with store.writing():
         rows = extraction.rows(slot=order, digest=extraction.digests[order])
-        store.publish(rows, class_names=("ant", "bee"), run={})
+        store.publish(rows, class_names=("ant", "bee"), run=make_run())
     np.testing.assert_array_equal(open_cache(folder).table().features, extraction.features[order])
 
 

@@ -96,12 +96,12 @@ def test_find_or_create__folder_cannot_be_made(tmp_path: Path, extraction: Any) 
         extraction.store(tmp_path / "file" / "cache")
 
 
-def test_store__changes_need_the_lock(tmp_path: Path, extraction: Any) -> None:
+def test_store__changes_need_the_lock(tmp_path: Path, extraction: Any, make_run: Any) -> None:
     store = extraction.store(tmp_path)
     with pytest.raises(RuntimeError, match=r"only inside `with store\.writing\(\):`"):
         store.begin_shard(extraction.digests, np.zeros(10, np.uint8), batch_size=4)
     with pytest.raises(RuntimeError, match="only inside"):
-        store.publish(extraction.rows(), class_names=("ant", "bee"), run={})
+        store.publish(extraction.rows(), class_names=("ant", "bee"), run=make_run())
 
 
 def test_writing__two_writers(tmp_path: Path, extraction: Any) -> None:
@@ -203,19 +203,21 @@ def test_finish_shard__without_a_row_is_removed(finished: Path, extraction: Any)
     assert not (finished / "shard-00001.h5").exists()
 
 
-def test_publish__new_labels_replace_the_rows_file_alone(finished: Path, extraction: Any) -> None:
+def test_publish__new_labels_replace_the_rows_file_alone(finished: Path, extraction: Any, make_run: Any) -> None:
     shard_before = (finished / "shard-00000.h5").stat()
     (rows_before,) = finished.glob("rows-*")
     store = store_module.Store(finished)
     with store.writing():
-        store.publish(extraction.rows(label=np.full(10, 2)), class_names=("ant", "bee", "wasp"), run={"device": "none"})
+        store.publish(
+            extraction.rows(label=np.full(10, 2)), class_names=("ant", "bee", "wasp"), run=make_run(device="none")
+        )
     (rows_after,) = finished.glob("rows-*")
     assert rows_after.name == f"rows-{sha256_file(rows_after)[:8]}.safetensors" != rows_before.name
     assert (finished / "shard-00000.h5").stat().st_mtime_ns == shard_before.st_mtime_ns
     cache = open_cache(finished)
     assert cache.class_names == ("ant", "bee", "wasp")
     assert cache.table().labels.tolist() == [2] * 10
-    assert [run["device"] for run in cache.provenance] == ["cpu", "none"]
+    assert [run.device for run in cache.provenance] == ["cpu", "none"]
 
 
 def test_publish__nothing_new_changes_nothing(finished: Path, extraction: Any) -> None:
@@ -233,25 +235,27 @@ def test_publish__nothing_new_changes_nothing(finished: Path, extraction: Any) -
         {"view": np.array([0, 1, *[0] * 8], np.uint8)},
     ],
 )
-def test_publish__rows_that_the_shards_do_not_hold(finished: Path, extraction: Any, changes: dict[str, Any]) -> None:
+def test_publish__rows_that_the_shards_do_not_hold(
+    finished: Path, extraction: Any, make_run: Any, changes: dict[str, Any]
+) -> None:
     store = store_module.Store(finished)
     with store.writing(), pytest.raises(ValueError, match=r"not the one that shard-00000\.h5 holds in its slot"):
-        store.publish(extraction.rows(**changes), class_names=("ant", "bee"), run={})
+        store.publish(extraction.rows(**changes), class_names=("ant", "bee"), run=make_run())
 
 
-def test_publish__rows_never_written_or_not_finished(tmp_path: Path, make_extraction: Any) -> None:
+def test_publish__rows_never_written_or_not_finished(tmp_path: Path, make_extraction: Any, make_run: Any) -> None:
     extraction = make_extraction(bad=3)
     folder = extraction.run(tmp_path)
     all_good = {"status": np.zeros(10, np.uint8), "reason": ("",) * 10, "shard": np.zeros(10, np.int32)}
     store = store_module.Store(folder)
     with store.writing():
         with pytest.raises(ValueError, match=r"not the one that shard-00000\.h5 holds"):
-            store.publish(extraction.rows(**all_good, slot=np.arange(10)), class_names=("ant", "bee"), run={})
+            store.publish(extraction.rows(**all_good, slot=np.arange(10)), class_names=("ant", "bee"), run=make_run())
         store.begin_shard(extraction.digests, np.zeros(10, np.uint8), batch_size=4)
         shard = np.where(np.arange(10) == 3, 1, 0).astype(np.int32)
         rows = extraction.rows(**{**all_good, "shard": shard}, slot=np.arange(10))
         with pytest.raises(ValueError, match="in shard 1, which is not there or not finished"):
-            store.publish(rows, class_names=("ant", "bee"), run={})
+            store.publish(rows, class_names=("ant", "bee"), run=make_run())
 
 
 def test_writing__removes_leftovers_and_nothing_else(finished: Path, extraction: Any) -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from transfercache.cache.table import FeatureTable
-from transfercache.errors import CacheError
 
 
 def _table(extraction: Any, **changes: Any) -> FeatureTable:
@@ -36,19 +35,6 @@ def test_subset__mask_and_index(extraction: Any) -> None:
     assert masked.labels.tolist() == [0, 1]
     assert masked.paths == ("8.jpg", "9.jpg")
     assert len(table.subset(np.zeros(10, bool))) == 0
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_table__features_not_finite(extraction: Any, value: float) -> None:
-    features = extraction.features.copy()
-    features[4, 2] = value
-    with pytest.raises(CacheError, match=r"^4\.jpg: its features are not finite .* remove it, and extract again"):
-        _table(extraction, features=features)
-
-
-def test_table__finite_features_whose_sum_overflows(extraction: Any) -> None:
-    features = np.full_like(extraction.features, 3e38)
-    assert _table(extraction, features=features).features.max() == np.float32(3e38)
 
 
 @pytest.mark.parametrize(

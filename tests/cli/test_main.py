@@ -189,7 +189,7 @@ def test_text__names_the_cache_and_the_figures(tlc: Run, made: Path) -> None:
     ended = tlc("extract-features", made / "pets", "--weights=random", "--cache-dir", made / "cache")
     assert ended.out.startswith(f"{cache}\n12 images, 512 features each: 0 computed, 12 reused in ")
     ended = tlc("train-head", cache)
-    assert ended.out.startswith("logistic on 10 training rows: val accuracy ")
+    assert ended.out.startswith("logistic on 10 training images: val accuracy ")
     assert "models/pets-logistic.safetensors" in ended.out
 
 

@@ -38,7 +38,7 @@ def test_extract_features__keeps_the_canaries(extraction: Extraction) -> None:
 def test_result__has_the_fields_of_the_command_line(extraction: Extraction) -> None:
     document = json.loads(json.dumps(extraction.to_json()))
     assert list(document) == [
-        "cache", "rows", "computed", "reused", "bad", "straddling",
+        "cache", "rows", "views", "computed", "reused", "checked", "bad", "straddling",
         "dim", "seconds", "images_per_second", "engine", "device",
     ]  # fmt: skip
     assert (document["rows"], document["computed"], document["dim"], document["engine"]) == (16, 16, 512, "eager")
@@ -60,8 +60,8 @@ def test_second_call__reuses_all_and_records_nothing(extraction: Extraction, pet
     again = extract_features(pets, weights="random", cache_dir=extraction.cache.parent)
     assert (again.cache, again.computed, again.reused) == (extraction.cache, 0, 16)
     assert again.images_per_second is None
-    assert [run["computed"] for run in again.open().provenance if run["computed"]] == [16]
-    assert again.record["seconds"] == before[0]["seconds"]["total"]
+    assert [run.computed for run in again.open().provenance if run.computed] == [16]
+    assert again.record["seconds"] == before[0].seconds["total"]
     assert (again.record["images"], again.record["is_from_this_run"]) == (16, False)
     assert again.record["is_complete"]
     assert [(run["images"], run["seconds"]) for run in again.record["runs"]] == [(16, again.record["seconds"])]
@@ -91,7 +91,7 @@ def test_record__counts_interrupted_runs_and_says_what_it_does_not_know(
 
     batches = iter(range(100))
     # A kill leaves no record at all.
-    monkeypatch.setattr(Store, "record", lambda store, run: None)
+    monkeypatch.setattr(Store, "record", lambda store, *runs: None)
     with pytest.raises(KeyboardInterrupt):
         extract("killed")
     record = extract("killed").record
@@ -119,7 +119,7 @@ def test_other_weights__are_another_cache(extraction: Extraction, pets: Path, tm
     other = extract_features(pets, weights="half.pth", cache_dir=extraction.cache.parent)
     assert other.cache != extraction.cache
     assert (other.computed, other.reused) == (16, 0)
-    assert other.open().provenance[-1]["weights"]["where"] == str(tmp_path / "half.pth")
+    assert other.open().provenance[-1].weights["where"] == str(tmp_path / "half.pth")
 
 
 def test_same_name__of_another_root__gets_a_folder_of_its_own(
@@ -137,7 +137,8 @@ def test_csv_in_a_folder_of_its_name__has_a_cache_of_its_own(pets: Path, tmp_pat
     words = {"backbone": "mobilenet_v3_small", "weights": "random"}
     whole, listed = (extract_features(data, **words) for data in (folder, folder / "pets.csv"))
     assert whole.cache != listed.cache
-    assert (whole.rows, listed.rows, listed.computed) == (16, 3, 2)
+    # Its rows are those of the folder's cache.
+    assert (whole.rows, listed.rows, listed.computed, listed.reused) == (16, 3, 0, 2)
     assert [item.to_json() for item in listed.bad] == [
         {"path": "cat/none.png", "reason": "does not exist (pets.csv, line 3)"}
     ]

@@ -40,7 +40,9 @@ def test_train_head__of_a_path__is_that_of_the_extraction(extraction: Extraction
 
 def test_train_head__has_the_fields_of_the_command_line(extraction: Extraction) -> None:
     document = json.loads(json.dumps(train_head(extraction).to_json(), allow_nan=False))
-    assert list(document) == ["head", "solver", "chosen", "n_train", "straddling", "reported", "seconds"]
+    assert list(document) == [
+        "head", "solver", "chosen", "n_train", "views", "tta", "straddling", "reported", "seconds",
+    ]  # fmt: skip
     assert set(document["seconds"]) == {"load", "fit", "total"}
     assert {"split", "accuracy", "interval", "n", "balanced_accuracy", "macro_f1", "log_loss", "per_class"} <= set(
         document["reported"]

@@ -126,6 +126,7 @@ def make_setting(backbone: Backbone) -> MakeSetting:
             random_backbone=lambda: backbone,
             spec=spec_of,
             embeddings=lambda: MadeEmbeddings(embed(manifest, backbone), RECORD),
+            n_views=1,
             device=torch.device("cpu"),
             workers=1,
             epochs=1,

@@ -58,24 +58,32 @@ def test_digest__changes_with_everything_that_a_result_depends_on(manifest: Mani
     assert rows_of(replace(manifest, root=Path("/elsewhere"), paths=manifest.paths[::-1])).digest == digest
 
 
-def test_features_of__rows_in_order_whatever_else_the_table_holds(manifest: Manifest, backbone: Backbone) -> None:
+def test_divide__training_rows_in_all_views_and_reported_ones_in_view_0(manifest: Manifest, backbone: Backbone) -> None:
     table = embed(manifest, backbone)
     is_good = np.ones(manifest.n_rows, dtype=np.bool_)
     is_good[3] = False
     rows = select_rows(manifest, is_good=is_good)
-    joined = rows.features_of(table)
-    assert joined.paths == rows.manifest.paths
-    np.testing.assert_array_equal(joined.features, table.features[is_good])
+    train, reported = rows.divide(table)
+    assert train.paths + reported.paths == rows.manifest.paths
+    np.testing.assert_array_equal(np.concatenate([train.features, reported.features]), table.features[is_good])
+
+    twice = table.subset(np.repeat(np.arange(len(table)), 2))
+    twice = replace(twice, view=np.tile(np.array([0, 1], dtype=np.uint8), len(table)))
+    train, reported = rows.divide(twice)
+    assert train.row.tolist() == np.repeat(rows.row[rows.is_train], 2).tolist()
+    assert train.view.tolist() == [0, 1] * rows.n_train
+    assert reported.row.tolist() == rows.row[rows.is_reported].tolist()
+    assert not reported.view.any()
 
 
-def test_features_of__cache_of_other_data(manifest: Manifest, backbone: Backbone) -> None:
+def test_divide__cache_of_other_data(manifest: Manifest, backbone: Backbone) -> None:
     table, rows = embed(manifest, backbone), rows_of(manifest)
     with pytest.raises(CacheError, match="lacks rows"):
-        rows.features_of(table.subset(np.arange(5)))
+        rows.divide(table.subset(np.arange(5)))
     with pytest.raises(CacheError, match="lacks rows"):
-        rows.features_of(table.subset(np.arange(0)))
+        rows.divide(table.subset(np.arange(0)))
     with pytest.raises(CacheError, match="relabelled"):
-        rows.features_of(replace(table, labels=1 - table.labels))
+        rows.divide(replace(table, labels=1 - table.labels))
 
 
 def test_n_straddling__equal_images_on_both_sides(tmp_path: Path) -> None:

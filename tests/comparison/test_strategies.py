@@ -78,8 +78,8 @@ def test_cached__extraction_is_in_the_first_run_alone(setting: Setting, name: st
 
 
 def test_cached__probabilities_are_those_of_the_heads_room(setting: Setting) -> None:
-    table = setting.rows.features_of(setting.embeddings().table())
-    train, queries = table.subset(setting.rows.is_train), table.features[8:]
+    train, reported = setting.rows.divide(setting.embeddings().table())
+    queries = reported.features
     expected = {
         "knn": knn_probabilities(train.features, train.labels, queries, k=KNN_NEIGHBOURS, n_classes=2),
         "logistic": fit_head(train, solver="logistic", seed=5).probabilities(queries),

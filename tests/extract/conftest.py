@@ -2,16 +2,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from transfercache.cache.provenance import Run
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import find_or_create
-from transfercache.extract.run import Outcome, extract_into
+from transfercache.extract.loop import Embedder
+from transfercache.extract.run import ExtractionRun, Outcome
 from transfercache.images.manifest import hash_files, split_rows
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec, Preprocessing
@@ -54,6 +56,9 @@ class Extractor:
     engine: PositionedEngine = field(default_factory=PositionedEngine)
     folder: Path | None = None
     before_decoding: Callable[[], None] = lambda: None
+    n_views: int = 1
+    storage_dtype: str = "float32"
+    versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.9", "pillow": "12.0"})
 
     def run(self, engine: PositionedEngine | None = None) -> Outcome:
         engine = engine or PositionedEngine()
@@ -64,7 +69,7 @@ class Extractor:
             self.cache_dir,
             data_name=manifest.name,
             data_root=manifest.root,
-            spec=SPEC,
+            spec=replace(SPEC, storage_dtype=self.storage_dtype),
             canaries=np.zeros((4, DIM), np.float32),
         )
         self.folder = store.folder
@@ -73,20 +78,27 @@ class Extractor:
         manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
         manifest = split_rows(manifest, val_fraction=0.25, split_seed=0)
 
-        def make_engine() -> PositionedEngine:
-            self.before_decoding()
-            return engine
+        self.before_decoding()
+        makers = {"engine": engine.name, **self.versions}
+        embedder = Embedder(manifest, store.catalogue.spec, lambda: engine, 2, Stopwatch())
 
-        return extract_into(
-            store,
-            manifest,
-            make_engine,
-            PREPROCESSING,
-            batch_size=BATCH_SIZE,
-            workers=2,
-            watch=Stopwatch(),
-            describe_run=lambda outcome: {"computed": outcome.computed},
-        )
+        def describe_run(outcome: Outcome) -> Run:
+            return Run(
+                date="2026-01-02T03:04:05+00:00",
+                computed=outcome.computed,
+                reused=outcome.reused,
+                checked=outcome.checked,
+                copied_from=None,
+                seconds={"total": float(outcome.computed)},
+                engine=engine.name,
+                device="cpu",
+                batch_size=BATCH_SIZE,
+                weights={"kind": "made"},
+                machine={"cores": 2},
+                versions=dict(self.versions),
+            )
+
+        return ExtractionRun(store, embedder, self.n_views, BATCH_SIZE, makers, describe_run).run()
 
     def features(self) -> dict[str, np.ndarray]:
         """Path -> what the cache serves."""
@@ -108,6 +120,11 @@ def photos(tmp_path: Path) -> Path:
     for seed in range(10):
         write_photo(folder / ("cat" if seed < 5 else "dog") / f"{seed}.png", seed)
     return folder
+
+
+@pytest.fixture
+def spec() -> ExtractSpec:
+    return SPEC
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from transfercache.cache.store import Slots
-from transfercache.extract.loop import PendingImage
-from transfercache.extract.plan import NEW_SHARD, first_rows, plan_extraction
+from transfercache.cache.slots import Slots
+from transfercache.extract.loop import PendingView
+from transfercache.extract.plan import NEW_SHARD, plan_extraction, wanted_rows
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_source
 
@@ -25,41 +25,53 @@ def _slots(manifest: Manifest, rows: list[int], *, shard: list[int], valid: list
         shard=np.array(shard, np.int32),
         slot=np.array(slot, np.int64),
         valid=np.array(valid, bool),
+        readers={},
     )
 
 
 def test_plan__of_an_empty_cache__is_every_content_once(photos: Path) -> None:
     (photos / "dog/9.png").write_bytes((photos / "cat/0.png").read_bytes())
     manifest = _manifest(photos)
-    plan = plan_extraction(manifest, _slots(manifest, [], shard=[], valid=[]), unfinished=[])
-    assert plan.pending == {NEW_SHARD: [PendingImage(slot=i, row=i) for i in range(9)]}
+    plan = plan_extraction(manifest, _slots(manifest, [], shard=[], valid=[]), unfinished=[], n_views=1)
+    assert plan.pending == {NEW_SHARD: [PendingView(slot=i, row=i) for i in range(9)]}
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[:9])
-    assert (plan.n_reused, plan.n_pending) == (0, 9)
+    assert (plan.n_held, plan.n_pending) == (0, 9)
 
 
 def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> None:
     manifest = _manifest(photos)
     # Shard 0 is finished with rows 7 and 8 (8 failed its proof); shard 1 is not, and holds row 2 of 1, 2, 3.
     slots = _slots(manifest, [7, 8, 1, 2, 3], shard=[0, 0, 1, 1, 1], valid=[True, False, False, True, False])
-    plan = plan_extraction(manifest, slots, unfinished=[1])
+    plan = plan_extraction(manifest, slots, unfinished=[1], n_views=1)
     assert plan.pending == {
-        1: [PendingImage(slot=0, row=1), PendingImage(slot=2, row=3)],
-        NEW_SHARD: [PendingImage(slot=i, row=row) for i, row in enumerate([0, 4, 5, 6, 8, 9])],
+        1: [PendingView(slot=0, row=1), PendingView(slot=2, row=3)],
+        NEW_SHARD: [PendingView(slot=i, row=row) for i, row in enumerate([0, 4, 5, 6, 8, 9])],
     }
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[[0, 4, 5, 6, 8, 9]])
-    assert (plan.n_pending, plan.n_reused) == (8, 2)
+    assert (plan.n_pending, plan.n_held) == (8, 2)
 
 
 def test_plan__of_a_full_cache__is_nothing(photos: Path) -> None:
     manifest = _manifest(photos)
     slots = _slots(manifest, list(range(10)), shard=[0] * 10, valid=[True] * 10)
-    plan = plan_extraction(manifest, slots, unfinished=[])
-    assert (plan.pending, plan.n_pending, plan.n_reused) == ({}, 0, 10)
+    plan = plan_extraction(manifest, slots, unfinished=[], n_views=1)
+    assert (plan.pending, plan.n_pending, plan.n_held) == ({}, 0, 10)
     assert plan.new_digests.shape == (0, 32)
 
 
-def test_first_rows__leave_out_what_cannot_be_read(photos: Path, draw: Any) -> None:
+def test_wanted_rows__leave_out_what_cannot_be_read(photos: Path, draw: Any) -> None:
     (photos / "cat/1.png").unlink()
     (photos / "cat/1.png").symlink_to("nowhere.png")
     manifest = _manifest(photos)
-    assert list(first_rows(manifest).values()) == [0, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert list(wanted_rows(manifest, 1).values()) == [(row, 0) for row in (0, 2, 3, 4, 5, 6, 7, 8, 9)]
+
+
+def test_plan__of_more_views__is_what_each_content_lacks(photos: Path) -> None:
+    manifest = _manifest(photos)
+    slots = _slots(manifest, [0, 1], shard=[0, 0], valid=[True, True])
+    plan = plan_extraction(manifest, slots, unfinished=[], n_views=3)
+    views = [(row, view) for row in range(10) for view in range(3) if (row, view) not in ((0, 0), (1, 0))]
+    assert plan.pending == {NEW_SHARD: [PendingView(slot, row, view) for slot, (row, view) in enumerate(views)]}
+    np.testing.assert_array_equal(plan.new_digests, manifest.digests[[row for row, _ in views]])
+    assert plan.new_views.tolist() == [view for _, view in views]
+    assert (plan.n_pending, plan.n_held) == (28, 2)

@@ -55,7 +55,7 @@ def test_resume__after_an_interruption__is_bit_identical(
     outcome = extractor.run()
     assert (outcome.computed, outcome.reused) == (10 - 4 * n_batches, 4 * n_batches)
     # The interrupted run's cost is on record beside the last one's.
-    assert [run["computed"] for run in Store(extractor.folder).catalogue.provenance] == [
+    assert [run.computed for run in Store(extractor.folder).catalogue.provenance] == [
         4 * n_batches,
         outcome.computed,
     ]

@@ -16,6 +16,7 @@ def make_problem(targets, component=None, *, weights=None, features=None) -> Pro
         features=np.zeros((n_rows, 2), np.float32) if features is None else features,
         targets=targets,
         row_weights=np.ones(n_rows) if weights is None else weights,
+        is_scored=np.ones(n_rows, dtype=bool),
         component=np.arange(n_rows) if component is None else np.asarray(component, dtype=np.int64),
         settings=Settings(C=None, optimizer="adamw", seed=0),
     )

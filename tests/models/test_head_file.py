@@ -129,7 +129,7 @@ def test_load__of_another_schema(saved: Path) -> None:
         ({"class_names": [1, 2, 3]}, "class_names must be a list of strings"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"temperature": 1}, "temperature must be of type float"),
-        ({"temperature": float("nan")}, "temperature must be positive"),
+        ({"temperature": float("nan")}, "NaN is not JSON"),
         ({"n_train": "12"}, "n_train must be of type int"),
         ({"n_train": True}, "n_train must be of type int"),
         ({"n_train": 0}, "n_train at least 1"),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from transfercache import config
 from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.registry import Backbone
 from transfercache.randomness import derive_rng
@@ -32,7 +33,7 @@ class Engine(Protocol):
 class EagerEngine:
     """Plain PyTorch in float32, the engine that all others are held to."""
 
-    name = "eager"
+    name = config.ENGINE
 
     def __init__(self, backbone: Backbone, device: torch.device) -> None:
         self._preprocessing = backbone.preprocessing

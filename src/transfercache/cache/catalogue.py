@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.plain_file import REMAKE, read_plain
+from transfercache.cache.provenance import Run
 from transfercache.errors import CacheError, DataError
 from transfercache.files import sha256_bytes
 from transfercache.spec import ExtractSpec
+from transfercache.strict_json import each, parse, take
 
 FILE_NAME = "catalogue.json"
 _FORMAT = "transfercache"
@@ -24,12 +26,10 @@ SCHEMA_VERSION = 1
 N_CANARIES = 4
 
 #: Numpy's dtype for each storage dtype that a shard may have.
-STORAGE_DTYPES = {"float32": np.dtype("<f4")}
+STORAGE_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 # 100,000 class names or 10,000 shards fit; what is larger is no catalogue of ours.
 _MAX_BYTES = 16 << 20
-# The deepest value we write lies at 5; a run's record may go a little deeper.
-_MAX_DEPTH = 12
 # A thousand records of a kilobyte each leave room for the rest.
 _MAX_RUNS = 1000
 
@@ -37,8 +37,6 @@ _SHARD_FILE = re.compile(r"shard-(\d{5})\.h5")
 _ROWS_FILE = re.compile(r"rows-([0-9a-f]{8})\.safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FIRST_LINE = re.compile(rb'\{"checksum":"([0-9a-f]{64})",\n')
-_JSON_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_JSON_BRACKET = re.compile(rb"[\[\]{}]")
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ class ShardEntry:
         """Build an entry from untrusted JSON; raises ValueError naming what is wrong."""
         fields = dict.fromkeys(("features", "digests", "views", "checksums"), dict)
         integers = dict.fromkeys(("n_rows", "dim", "batch_size"), int)
-        taken = _take(
+        taken = take(
             value, "a shard", {**fields, **integers, "file": str, "dtype": str, "finished": bool, "digest": str}
         )
         for name in fields:
-            taken[name] = Extent(**_take(taken[name], f"a shard's {name}", {"offset": int, "length": int}))
+            taken[name] = Extent(**take(taken[name], f"a shard's {name}", {"offset": int, "length": int}))
         return cls(**taken)
 
 
@@ -127,11 +125,13 @@ class Catalogue:
     has_given_split: bool = False  # False: the split was drawn by content, and may be drawn again
     shards: tuple[ShardEntry, ...] = ()  # ordered by number
     rows: RowsEntry | None = None  # None until the first extraction has ended
-    provenance: tuple[dict[str, Any], ...] = ()  # one record a run that changed something, oldest first
+    provenance: tuple[Run, ...] = ()  # one a run that changed something, oldest first
 
     def __post_init__(self) -> None:
         if self.canaries.ndim != 2 or len(self.canaries) != N_CANARIES or self.canaries.dtype != np.float32:
             raise ValueError(f"canaries must be float32 [{N_CANARIES}, D], got {self.canaries.shape}")
+        if self.spec.storage_dtype not in STORAGE_DTYPES:
+            raise ValueError(f"storage_dtype {self.spec.storage_dtype!r} is none of {', '.join(STORAGE_DTYPES)}")
         if any(a.number >= b.number for a, b in pairwise(self.shards)):
             raise ValueError("the shards' numbers do not increase")
         for shard in self.shards:
@@ -156,7 +156,7 @@ class Catalogue:
             "canaries": [row.astype("<f4").tobytes().hex() for row in self.canaries],
             "shards": [asdict(shard) for shard in self.shards],
             "rows": None if self.rows is None else asdict(self.rows),
-            "provenance": self.provenance[-_MAX_RUNS:],
+            "provenance": [run.to_json() for run in self.provenance[-_MAX_RUNS:]],
         }
         covered = json.dumps(value, allow_nan=False, indent=1)[1:].lstrip().encode() + b"\n"
         data = b'{"checksum":"%s",\n' % sha256_bytes(covered).encode() + covered
@@ -167,7 +167,7 @@ class Catalogue:
     @classmethod
     def from_bytes(cls, data: bytes) -> Catalogue:
         """Read an untrusted catalogue; raises ValueError naming what is wrong."""
-        taken = _take(_verified(data), "the catalogue", _CATALOGUE_TYPES)
+        taken = take(_verified(data), "the catalogue", _CATALOGUE_TYPES)
         if taken["format"] != _FORMAT:
             raise ValueError(f"the catalogue's format is {taken['format']!r}")
         rows = taken["rows"]
@@ -176,11 +176,11 @@ class Catalogue:
             data_name=taken["data_name"],
             data_root=taken["data_root"],
             canaries=_canaries(taken["canaries"]),
-            class_names=tuple(_each(taken["class_names"], str, "class_names")),
+            class_names=tuple(each(taken["class_names"], str, "class_names")),
             has_given_split=taken["has_given_split"],
             shards=tuple(ShardEntry.from_json(shard) for shard in taken["shards"]),
-            rows=None if rows is None else RowsEntry(**_take(rows, "rows", {"file": str, "sha256": str})),
-            provenance=tuple(_each(taken["provenance"], dict, "provenance")),
+            rows=None if rows is None else RowsEntry(**take(rows, "rows", {"file": str, "sha256": str})),
+            provenance=tuple(Run.from_json(run) for run in taken["provenance"]),
         )
 
 
@@ -214,53 +214,15 @@ def _verified(data: bytes) -> Any:
     covered = data[first_line.end() :]
     if sha256_bytes(covered).encode() != first_line[1]:
         raise ValueError("fails its checksum")
-    value = _parse_json(b"{" + covered)
+    value = parse(b"{" + covered)
     version = value.get("schema_version") if isinstance(value, dict) else None
     if type(version) is int and version != SCHEMA_VERSION:
         raise ValueError(f"this is a cache of schema {version}, this tlc reads schema {SCHEMA_VERSION}")
     return value
 
 
-def _parse_json(data: bytes) -> Any:
-    """Parse strict JSON: bounded depth, no repeated key, no NaN."""
-    depth = 0
-    for bracket in _JSON_BRACKET.finditer(_JSON_STRING.sub(b"", data)):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"its JSON is nested deeper than {_MAX_DEPTH}")
-    return json.loads(data, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key stands twice in one JSON object")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _take(value: Any, what: str, expected: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `value` that has exactly the expected keys and types (a bool is no int here)."""
-    if not isinstance(value, dict) or set(value) != set(expected):
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"{what} has the fields {found}, expected {sorted(expected)}")
-    for name, kind in expected.items():
-        if type(value[name]) not in (kind if isinstance(kind, tuple) else (kind,)):
-            raise ValueError(f"{what}: {name} is a {type(value[name]).__name__}")
-    return dict(value)
-
-
-def _each(values: list[Any], kind: type, what: str) -> list[Any]:
-    if not all(type(value) is kind for value in values):
-        raise ValueError(f"{what} must hold {kind.__name__} values alone")
-    return values
-
-
 def _canaries(values: list[Any]) -> npt.NDArray[np.float32]:
-    rows = [bytes.fromhex(text) for text in _each(values, str, "canaries")]
+    rows = [bytes.fromhex(text) for text in each(values, str, "canaries")]
     if len(rows) != N_CANARIES or len(set(map(len, rows))) != 1 or not rows[0] or len(rows[0]) % 4:
         raise ValueError(f"canaries must be {N_CANARIES} float32 rows of one width")
     canaries = np.frombuffer(b"".join(rows), "<f4").astype(np.float32).reshape(N_CANARIES, -1)

@@ -49,7 +49,7 @@ def create_shard(
             # Asked first because HDF5 does not fail cleanly on a full disk.
             if shutil.disk_usage(path.parent).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            places = _lay_out(temporary, n_rows=n_rows, dim=dim, dtype=dtype)
+            places = lay_out(temporary, n_rows=n_rows, dim=dim, dtype=dtype)
             entry = ShardEntry(path.name, n_rows, dim, dtype, batch_size, places[0], places[1], places[2], places[3])
             with opened_plain(temporary, os.O_RDWR) as descriptor:
                 _allocate(descriptor)
@@ -63,7 +63,7 @@ def create_shard(
     return entry
 
 
-def _lay_out(path: Path, *, n_rows: int, dim: int, dtype: str) -> list[Extent]:
+def lay_out(path: Path, *, n_rows: int, dim: int, dtype: str) -> list[Extent]:
     """Create the HDF5 file with its four empty datasets; return their extents in the order of the catalogue."""
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
         "features": (STORAGE_DTYPES[dtype], (n_rows, dim)),

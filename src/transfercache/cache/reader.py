@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, read_catalogue
 from transfercache.cache.plain_file import REMAKE, read_plain
+from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, MAX_BYTES, OK, Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.table import FeatureTable
@@ -97,7 +98,7 @@ class Cache:
         return self.catalogue.canaries
 
     @property
-    def provenance(self) -> tuple[dict[str, Any], ...]:
+    def provenance(self) -> tuple[Run, ...]:
         """One record a run that changed the cache, oldest first."""
         return self.catalogue.provenance
 
@@ -137,7 +138,7 @@ class Cache:
             row=rows.row[index],
             class_names=self.class_names,
             spec=self.spec,
-            paths=tuple(rows.path[i] for i in index.tolist()),
+            paths=tuple(compress(rows.path, chosen)),
         )
 
     def arrays(self, split: str | None = None) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
@@ -176,6 +177,12 @@ class Cache:
                 path = rows.path[index[at[np.argmax(differs)]]]
                 raise CacheError(f"{shard.path}: does not hold the features of {path}; {REMAKE}")
             parts[number] = (at, shard.take(slots))
+            if not shard.is_finite[slots].all():
+                path = rows.path[index[at[np.argmin(shard.is_finite[slots])]]]
+                raise CacheError(
+                    f"{path}: its features are not finite (NaN or infinity); "
+                    "look at the image, remove it, and extract again"
+                )
         if len(parts) == 1:
             return next(taken for _, taken in parts.values())
         features = np.empty((len(index), self.catalogue.dim), np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
-from transfercache.cache.plain_file import REMAKE, opened_plain, write_all
+from transfercache.cache.plain_file import MAX_HOLLOWNESS, REMAKE, check_stored, opened_plain, write_all
 from transfercache.errors import CacheError
 from transfercache.files import resource_errors
 
@@ -34,9 +34,11 @@ def row_checksums(
 
     Multilinear hashing (Lemire and Kaser, "Strongly universal string hashing is fast", 2014): the row as 32-bit
     words, each times an odd 64-bit key, summed modulo 2^64. A change within one word always shows; see
-    docs/decisions/0003-row-checksum.md.
+    docs/decisions/0003-row-checksum.md. A row of an odd number of float16 values ends in half a word of zeros.
     """
-    words = np.ascontiguousarray(features, features.dtype.newbyteorder("<")).view("<u4")
+    stored = np.ascontiguousarray(features, features.dtype.newbyteorder("<"))
+    n_odd = stored.shape[1] * stored.itemsize % 4 // 2
+    words = (np.pad(stored, ((0, 0), (0, n_odd))) if n_odd else stored).view("<u4")
     head = np.empty((len(words), _HEAD_WORDS), "<u4")
     head[:, :2] = np.asarray(slots, "<u8").reshape(-1, 1).view("<u4")
     head[:, 2] = views
@@ -45,6 +47,12 @@ def row_checksums(
     # einsum widens to 64 bits in its inner loop, so that no 64-bit copy of the rows is made.
     sums = np.einsum("ij,j->i", head, keys[:_HEAD_WORDS]) + np.einsum("ij,j->i", words, keys[_HEAD_WORDS:])
     return np.where(sums == NEVER_WRITTEN, np.uint64(1), sums)
+
+
+def as_stored(features: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """Return the features in a storage dtype, rounded to nearest even; what overflows it becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(features, STORAGE_DTYPES[dtype])
 
 
 def _keys(n_words: int) -> UInt64Array:
@@ -58,7 +66,7 @@ def _keys(n_words: int) -> UInt64Array:
 class ShardReader:
     """A shard's four datasets as read-only arrays over a memory map, bounded by the catalogue's entry.
 
-    Raises CacheError where the file is shorter than the entry says, or anything but a regular file.
+    Raises CacheError where the file is shorter than the entry says, hollow, or anything but a regular file.
     """
 
     def __init__(self, path: Path, entry: ShardEntry) -> None:
@@ -68,6 +76,8 @@ class ShardReader:
             end = max(extent.offset + extent.length for extent in entry.extents())
             if size < end:
                 raise CacheError(f"{path}: {size} bytes, but its rows end at {end}; {REMAKE}")
+            # Its plan is written before all else, and the features of a finished one are too.
+            check_stored(path, descriptor, max(entry.digests.length, end // MAX_HOLLOWNESS if entry.finished else 0))
             whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
 
         def array(extent: Extent, dtype: str | np.dtype[Any]) -> npt.NDArray[Any]:
@@ -79,6 +89,7 @@ class ShardReader:
         self.views = array(entry.views, "u1")  # uint8 [n]
         self.checksums = array(entry.checksums, "<u8")  # uint64 [n]
         self._proved = np.zeros(entry.n_rows, dtype=bool)
+        self.is_finite = np.zeros(entry.n_rows, dtype=bool)  # bool [n], of the rows that `take` has returned
 
     def written(self) -> BoolArray:
         """Return which slots hold a row, bool [n]; in an unfinished shard it may be a torn one."""
@@ -97,17 +108,31 @@ class ShardReader:
 
         Raises CacheError naming the shard and the row where a checksum fails.
         """
+        if len(slots) and not 0 <= slots.min() <= slots.max() < len(self.features):
+            raise IndexError(f"slots must lie between 0 and {len(self.features) - 1}")
         taken = np.empty((len(slots), self.features.shape[1]), np.float32)
         for start in range(0, len(slots), _BLOCK_ROWS):
-            block = slots[start : start + _BLOCK_ROWS]
-            rows = self.features[_as_slice(block)]
+            block, out = slots[start : start + _BLOCK_ROWS], taken[start : start + _BLOCK_ROWS]
+            rows = self._copy(block, out)
             if not self._proved[block].all():
                 agrees = self._agrees(block, rows)
                 if not agrees.all():
                     raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {REMAKE}")
                 self._proved[block] = True
-            taken[start : start + _BLOCK_ROWS] = rows
+                self.is_finite[block] = _are_finite(rows)
         return taken
+
+    def _copy(self, slots: npt.NDArray[np.int64], out: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+        """Copy the rows at `slots` into `out`, float32 [M, D], in one pass; returns them as they are stored."""
+        if (np.diff(slots) == 1).all() and len(slots):
+            rows = self.features[slots[0] : slots[-1] + 1]
+        elif self.features.dtype == out.dtype:
+            # Any mode but the default writes to `out` without a copy between; the bounds were checked.
+            return self.features.take(slots, axis=0, out=out, mode="clip")
+        else:
+            rows = self.features[slots]
+        out[:] = rows
+        return rows
 
     def differs(
         self, slots: npt.NDArray[np.int64], digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8]
@@ -120,11 +145,13 @@ class ShardReader:
         return np.asarray(proof == self.checksums[slots])
 
 
-def _as_slice(slots: npt.NDArray[np.int64]) -> slice | npt.NDArray[np.int64]:
-    """Return a slice for consecutive slots: it reads from the map without a gather."""
-    if len(slots) and (np.diff(slots) == 1).all():
-        return slice(int(slots[0]), int(slots[-1]) + 1)
-    return slots
+def _are_finite(rows: npt.NDArray[Any]) -> BoolArray:
+    """Return which rows hold neither NaN nor infinity, bool [B]."""
+    # A sum is finite only if its terms are, and needs no mask of every value; it may also overflow: the second look.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = np.isfinite(rows.sum(axis=1, dtype=np.float32))
+    finite[~finite] = np.isfinite(rows[~finite]).all(axis=1)
+    return np.asarray(finite)
 
 
 class ShardWriter:
@@ -145,7 +172,7 @@ class ShardWriter:
             raise ValueError(f"features {features.shape} for {len(slots)} rows of width {entry.dim}")
         if len(slots) and not 0 <= slots.min() <= slots.max() < entry.n_rows:
             raise ValueError(f"slots must lie between 0 and {entry.n_rows - 1}")
-        stored = np.ascontiguousarray(features, STORAGE_DTYPES[entry.dtype])
+        stored = as_stored(features, entry.dtype)
         checksums = row_checksums(slots, reader.views[slots], reader.digests[slots], stored)
         self._write_rows(entry.features, slots, stored)
         self._write_rows(entry.checksums, slots, checksums)

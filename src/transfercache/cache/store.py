@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import numpy.typing as npt
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, RowsEntry, ShardEntry, read_catalogue
 from transfercache.cache.layout import create_shard
 from transfercache.cache.plain_file import opened_plain
+from transfercache.cache.provenance import Run
 from transfercache.cache.reader import read_rows
 from transfercache.cache.rows import OK, Rows
 from transfercache.cache.shard import BoolArray, ShardReader, ShardWriter
+from transfercache.cache.slots import Slots, read_slots
 from transfercache.errors import CacheError, ResourceError
 from transfercache.files import locked, resource_errors, sha256_bytes, sha256_file, write_atomic
 from transfercache.spec import ExtractSpec
@@ -29,25 +31,16 @@ _CACHEDIR_TAG = (
     b"# This folder is a cache made by tlc (transfercache); every file in it can be made anew.\n"
     b"# See https://bford.info/cachedir/\n"
 )
-_LOCK = ".lock"
-_LABELS = {"CACHEDIR.TAG": _CACHEDIR_TAG, ".gitignore": b"*\n"}
+#: The writer's lock, and the files beside it that every cache folder has, with their content.
+LOCK = ".lock"
+LABELS = {"CACHEDIR.TAG": _CACHEDIR_TAG, ".gitignore": b"*\n"}
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
-_OURS = re.compile(r"shard-\d{5}\.h5|rows-[0-9a-f]{8}\.safetensors|\..+\.\d+\.tmp")
+#: What a writer makes and replaces; one that the catalogue does not name is a leftover of a crash.
+REPLACEABLE = re.compile(r"shard-\d{5}\.h5|rows-[0-9a-f]{8}\.safetensors|\..+\.\d+\.tmp")
 _READ_ONLY = 0o444
 _MAX_SHARDS = 100_000
 # A folder's name holds two such parts and stays below the 255 bytes of a file name.
 _MAX_NAME_PART = 80
-
-
-@dataclass(frozen=True, eq=False)
-class Slots:
-    """Every planned row of every shard, S in all: what it is, where it lies, and whether it has been computed."""
-
-    digest: npt.NDArray[np.uint8]  # uint8 [S, 32]
-    view: npt.NDArray[np.uint8]  # uint8 [S]
-    shard: npt.NDArray[np.int32]  # int32 [S], number of the shard
-    slot: npt.NDArray[np.int64]  # int64 [S], row of that shard
-    valid: BoolArray  # bool [S]
 
 
 def find(cache_dir: Path, *, data_name: str, data_root: Path, spec: ExtractSpec) -> Path | None:
@@ -60,7 +53,7 @@ def find(cache_dir: Path, *, data_name: str, data_root: Path, spec: ExtractSpec)
     names = [entry.name for entry in cache_dir.iterdir()] if cache_dir.is_dir() else []
     matches = sorted((int(match[1] or 1), name) for name in names if (match := pattern.fullmatch(name)))
     for folder in (cache_dir / name for _, name in matches):
-        if not _is_begun(folder) and _serves(folder, data_root, spec):
+        if not is_begun(folder) and _serves(folder, data_root, spec):
             return folder
     return None
 
@@ -89,9 +82,17 @@ def find_or_create(
     return store
 
 
+def folder_pattern(spec: ExtractSpec) -> str:
+    """Return a glob that the names of all folders of this spec match; their catalogues decide."""
+    return f"*-{_name_part(spec.backbone)}-{spec.boundary}-{spec.digest()[:8]}*"
+
+
 def _folder_stem(data_name: str, spec: ExtractSpec) -> str:
-    parts = [re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-.")[:_MAX_NAME_PART] for part in (data_name, spec.backbone)]
-    return f"{parts[0] or 'data'}-{parts[1]}-{spec.boundary}-{spec.digest()[:8]}"
+    return f"{_name_part(data_name) or 'data'}-{_name_part(spec.backbone)}-{spec.boundary}-{spec.digest()[:8]}"
+
+
+def _name_part(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:_MAX_NAME_PART]
 
 
 def _serves(folder: Path, data_root: Path, spec: ExtractSpec) -> bool:
@@ -99,9 +100,9 @@ def _serves(folder: Path, data_root: Path, spec: ExtractSpec) -> bool:
     return catalogue.spec == spec and catalogue.data_root == str(data_root)
 
 
-def _is_begun(folder: Path) -> bool:
+def is_begun(folder: Path) -> bool:
     """Whether making this folder was interrupted before its first catalogue: nothing of worth is in it."""
-    expected = {_LOCK, *_LABELS}
+    expected = {LOCK, *LABELS}
     return folder.is_dir() and all(name in expected or _TEMPORARY.fullmatch(name) for name in os.listdir(folder))
 
 
@@ -113,12 +114,12 @@ def _create(cache_dir: Path, catalogue: Catalogue) -> Path:
         folder = cache_dir / (stem if number == 1 else f"{stem}-{number}")
         with resource_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        if not _is_begun(folder):
+        if not is_begun(folder):
             continue
-        with locked(folder / _LOCK, what=str(folder)):
+        with locked(folder / LOCK, what=str(folder)):
             if (folder / FILE_NAME).exists():  # another process was faster
                 continue
-            for name, content in _LABELS.items():
+            for name, content in LABELS.items():
                 write_atomic(folder / name, content)
             write_atomic(folder / FILE_NAME, catalogue.to_bytes())
             return folder
@@ -138,7 +139,7 @@ class Store:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder's lock for the block; raises LockedError at once where another process holds it."""
-        with locked(self.folder / _LOCK, what=str(self.folder)):
+        with locked(self.folder / LOCK, what=str(self.folder)):
             self.catalogue = read_catalogue(self.folder)
             self._remove_leftovers()
             self._is_writing = True
@@ -156,23 +157,8 @@ class Store:
         return next(entry for entry in self.catalogue.shards if entry.number == number)
 
     def slots(self) -> Slots:
-        """Return every planned row in the order of shards and slots; scans the checksums of unfinished shards.
-
-        Rows of a finished shard were proved when it was finished, and are again when they are first read.
-        """
-        readers = [(entry, ShardReader(self.folder / entry.file, entry)) for entry in self.catalogue.shards]
-        return Slots(
-            digest=np.concatenate([np.empty((0, 32), np.uint8), *(reader.digests for _, reader in readers)]),
-            view=np.concatenate([np.empty(0, np.uint8), *(reader.views for _, reader in readers)]),
-            shard=np.repeat(
-                np.array([entry.number for entry, _ in readers], np.int32),
-                np.array([entry.n_rows for entry, _ in readers], np.int64),
-            ),
-            slot=np.concatenate([np.empty(0, np.int64), *(np.arange(entry.n_rows) for entry, _ in readers)]),
-            valid=np.concatenate(
-                [np.empty(0, bool), *(r.written() if entry.finished else r.valid() for entry, r in readers)]
-            ),
-        )
+        """Return every planned row; scans the checksums of unfinished shards."""
+        return read_slots(self.folder, self.catalogue.shards)
 
     def begin_shard(self, digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8], *, batch_size: int) -> int:
         """Lay out a shard for these rows (digests [n, 32], views [n], n > 0), record it, and return its number.
@@ -234,36 +220,54 @@ class Store:
         _protect(path)
         return valid
 
-    def record(self, run: Mapping[str, Any]) -> None:
-        """Add a run that ended before it could publish to the provenance: what it committed is kept, and has a cost."""
+    def record(self, *runs: Run) -> None:
+        """Add runs to the provenance: one that ended before it could publish too has kept rows, and has a cost."""
         self._check_writing()
-        self._replace(provenance=(*self.catalogue.provenance, dict(run)))
+        self._replace(provenance=(*self.catalogue.provenance, *runs))
+
+    def has_published(self, rows: Rows, *, class_names: tuple[str, ...], has_given_split: bool) -> bool:
+        """Whether the cache has just these rows."""
+        now = self.catalogue
+        return (now.class_names, now.has_given_split, now.rows) == (
+            class_names,
+            has_given_split,
+            _rows_entry(rows.to_bytes()),
+        )
 
     def publish(
-        self, rows: Rows, *, class_names: tuple[str, ...], run: Mapping[str, Any], has_given_split: bool = False
-    ) -> None:
-        """Make `rows` the cache's rows in one step, and add `run` to its provenance.
+        self, rows: Rows, *, class_names: tuple[str, ...], run: Run | None, has_given_split: bool = False
+    ) -> bool:
+        """Make `rows` the cache's rows in one step, and add `run` to its provenance; returns whether it changed.
 
-        Publishing what is already there changes nothing and records no run. Raises ValueError where a row is not what
-        the finished shards hold.
+        None is for rows that moved: no image was embedded. Publishing what is already there changes nothing and records
+        no run. Raises ValueError where a row is not what the finished shards hold.
         """
         self._check_writing()
+        if self.has_published(rows, class_names=class_names, has_given_split=has_given_split):
+            return False
         self._check_places(rows, class_names)
-        data = rows.to_bytes()
-        sha256 = sha256_bytes(data)
-        published = RowsEntry(file=f"rows-{sha256[:8]}.safetensors", sha256=sha256)
-        before = self.catalogue
-        if (before.rows, before.class_names, before.has_given_split) == (published, class_names, has_given_split):
-            return
+        data, before = rows.to_bytes(), self.catalogue
+        published = _rows_entry(data)
         write_atomic(self.folder / published.file, data)
         self._replace(
             rows=published,
             class_names=class_names,
             has_given_split=has_given_split,
-            provenance=(*before.provenance, dict(run)),
+            provenance=(*before.provenance, *(() if run is None else (run,))),
         )
         if before.rows is not None and before.rows.file != published.file:
             (self.folder / before.rows.file).unlink(missing_ok=True)
+        return True
+
+    def drop_shards(self, numbers: Collection[int]) -> None:
+        """Remove these shards and their files; raises ValueError where a published row lies in one of them."""
+        self._check_writing()
+        rows = self.rows()
+        if rows is not None and np.isin(rows.shard, list(numbers)).any():
+            raise ValueError(f"{self.folder}: a row lies in one of the shards {sorted(numbers)}")
+        if numbers:
+            self._replace(shards=tuple(entry for entry in self.catalogue.shards if entry.number not in numbers))
+            self._remove_leftovers()
 
     def _check_places(self, rows: Rows, class_names: tuple[str, ...]) -> None:
         finished = {entry.number: entry for entry in self.catalogue.shards if entry.finished}
@@ -290,11 +294,16 @@ class Store:
         in_force = {*shards, self.catalogue.rows.file if self.catalogue.rows else ""}
         with resource_errors(self.folder):
             for path in self.folder.iterdir():
-                if _OURS.fullmatch(path.name) and path.name not in in_force and not path.is_dir():
+                if REPLACEABLE.fullmatch(path.name) and path.name not in in_force and not path.is_dir():
                     path.unlink()
             for entry in shards.values():
                 if entry.finished:
                     _protect(self.folder / entry.file)
+
+
+def _rows_entry(data: bytes) -> RowsEntry:
+    sha256 = sha256_bytes(data)
+    return RowsEntry(file=f"rows-{sha256[:8]}.safetensors", sha256=sha256)
 
 
 def _protect(path: Path) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.errors import CacheError
 from transfercache.spec import ExtractSpec
+
+#: The view that is evaluated: of the eval transform.
+EVAL_VIEW = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +21,7 @@ class FeatureTable:
     `group` is the number of the row's component: no split or fold separates rows that share it.
     """
 
-    features: npt.NDArray[np.float32]  # float32 [N, D], C-contiguous, finite
+    features: npt.NDArray[np.float32]  # float32 [N, D], C-contiguous; the cache's are finite
     labels: npt.NDArray[np.int64]  # int64 [N], index into class_names, -1 where unlabelled
     split: npt.NDArray[np.uint8]  # uint8 [N], splits.Split
     view: npt.NDArray[np.uint8]  # uint8 [N], 0 is the eval transform
@@ -40,7 +42,6 @@ class FeatureTable:
             raise ValueError(f"{len(self.paths)} paths for {len(self)} rows")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             raise ValueError(f"labels must lie between -1 and {len(self.class_names) - 1}")
-        self._check_finite()
 
     def __len__(self) -> int:
         return int(self.features.shape[0])
@@ -50,17 +51,6 @@ class FeatureTable:
         chosen = np.flatnonzero(index) if index.dtype == np.bool_ else index
         arrays = {name: getattr(self, name)[chosen] for name in ("features", *_ROW_ARRAYS)}
         return replace(self, **arrays, paths=tuple(self.paths[i] for i in chosen.tolist()))
-
-    def _check_finite(self) -> None:
-        # A sum is finite only if its terms are, and needs no N x D mask; it may also overflow, hence the second look.
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspects = np.flatnonzero(~np.isfinite(self.features.sum(axis=1)))
-        for i in suspects.tolist():
-            if not np.isfinite(self.features[i]).all():
-                raise CacheError(
-                    f"{self.paths[i]}: its features are not finite (NaN or infinity); "
-                    "look at the image, remove it, and extract again"
-                )
 
 
 _ROW_ARRAYS = {

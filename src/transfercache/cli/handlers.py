@@ -16,14 +16,31 @@ def extract_features(
     data: options.Data,
     backbone: options.Backbone = config.BACKBONE,
     weights: options.Weights = config.WEIGHTS,
+    views: options.Views = None,
+    storage_dtype: options.StorageDtype = config.STORAGE_DTYPE,
     compute: options.Compute = config.COMPUTE,
     device: options.Device = config.DEVICE,
     batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Embed the I-th of N slices, as one of a batch array; then run the same without --part.",
+            show_default=False,
+            rich_help_panel="Machine",
+        ),
+    ] = None,
     labels: options.Labels = None,
     val_fraction: options.ValFraction = config.VAL_FRACTION,
     split_seed: options.SplitSeed = config.SPLIT_SEED,
+    verify_content: Annotated[
+        bool,
+        typer.Option(
+            "--verify-content", help="Hash every file, also those that look unchanged.", rich_help_panel="Data"
+        ),
+    ] = False,
     on_bad: options.OnBad = config.ON_BAD,
     json: options.Json = False,
 ) -> int:
@@ -34,14 +51,18 @@ def extract_features(
         data,
         backbone=backbone,
         weights=weights,
+        views=views,
+        storage_dtype=storage_dtype,
         compute=compute,
         device=device,
         batch_size=batch_size,
         workers=workers,
         cache_dir=cache_dir,
+        part=part,
         labels=labels,
         val_fraction=val_fraction,
         split_seed=split_seed,
+        verify_content=verify_content,
         on_bad=on_bad,
     )
     return finish(result, as_json=json, on_bad=on_bad)
@@ -70,6 +91,9 @@ def train_head(
     labels: options.Labels = None,
     val_fraction: options.NewValFraction = None,
     split_seed: options.NewSplitSeed = None,
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Report the mean of an image's views (extract-features --views).")
+    ] = False,
     seed: options.Seed = config.SEED,
     out: options.Out = None,
     json: options.Json = False,
@@ -89,6 +113,7 @@ def train_head(
         labels=labels,
         val_fraction=val_fraction,
         split_seed=split_seed,
+        tta=tta,
         seed=seed,
         out=out,
     )
@@ -165,6 +190,8 @@ def compare(
     ] = config.STRATEGIES,
     backbone: options.Backbones = [config.BACKBONE],  # noqa: B006 - typer hands out copies
     weights: options.Weights = config.WEIGHTS,
+    views: options.Views = None,
+    storage_dtype: options.StorageDtype = config.STORAGE_DTYPE,
     compute: options.Compute = config.COMPUTE,
     device: options.Device = config.DEVICE,
     batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
@@ -199,6 +226,8 @@ def compare(
             strategies=strategies,
             backbone=backbone,
             weights=weights,
+            views=views,
+            storage_dtype=storage_dtype,
             compute=compute,
             device=device,
             batch_size=batch_size,

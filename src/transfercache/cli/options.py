@@ -31,6 +31,20 @@ Weights = Annotated[
     str,
     typer.Option(metavar="DEFAULT|PATH|random", help="Where the weights come from.", rich_help_panel="Backbone"),
 ]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=config.MAX_VIEWS,
+        help="Rows an image: the eval transform, its mirror image, then drawn augmentations.",
+        show_default="those the cache has, else 1",
+        rich_help_panel="Backbone",
+    ),
+]
+StorageDtype = Annotated[
+    config.StorageDtype,
+    typer.Option(help="Of the embeddings on the disk; auto is float32.", rich_help_panel="Backbone"),
+]
 Compute = Annotated[config.Compute, typer.Option(help="Precision; auto is fp32.", rich_help_panel="Machine")]
 Device = Annotated[config.Device, typer.Option(help="auto: a GPU where there is one.", rich_help_panel="Machine")]
 ExtractBatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.", rich_help_panel="Machine")]

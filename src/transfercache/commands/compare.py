@@ -18,8 +18,16 @@ from transfercache import config
 from transfercache.backbones.devices import device_name, pick_device
 from transfercache.backbones.registry import RANDOM, load_backbone
 from transfercache.cache.store import find
-from transfercache.commands.extract import Extraction, extract_manifest, extract_spec
-from transfercache.commands.inputs import BadImage, bad_images, cache_root, finish_manifest, known_files, log_bad
+from transfercache.commands.extract import EmbedOptions, Extraction, extract_manifest
+from transfercache.commands.inputs import (
+    BadImage,
+    bad_images,
+    cache_root,
+    changed_words,
+    finish_manifest,
+    known_files,
+    log_bad,
+)
 from transfercache.comparison.rows import ComparedRows, find_unreadable, select_rows
 from transfercache.comparison.schedule import Job, OnEstimate, plan_jobs, run_jobs
 from transfercache.comparison.strategies import pick_strategies
@@ -101,6 +109,8 @@ def compare(
     strategies: str = config.STRATEGIES,
     backbone: str | Sequence[str] = config.BACKBONE,
     weights: str = config.WEIGHTS,
+    views: int | None = None,
+    storage_dtype: config.StorageDtype = config.STORAGE_DTYPE,
     compute: config.Compute = config.COMPUTE,
     device: config.Device = config.DEVICE,
     batch_size: int = config.EXTRACT_BATCH_SIZE,
@@ -130,6 +140,7 @@ def compare(
     Raises DataError, UsageError (unknown strategy or backbone), WeightsError, CacheError, ResourceError.
     """
     start = time.perf_counter()
+    options = EmbedOptions(compute, storage_dtype, views, device, batch_size, workers)
     chosen = pick_strategies(strategies)
     names = (backbone,) if isinstance(backbone, str) else tuple(dict.fromkeys(backbone))
     _check_counts(seeds=seeds, epochs=epochs, backbones=len(names))
@@ -142,14 +153,11 @@ def compare(
     finish = functools.partial(
         finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
     )
-    manifest = _read(data, [extract_spec(item, compute) for item in loaded], root=root, finish=finish)
+    manifest = _read(data, [options.spec(item) for item in loaded], root=root, finish=finish)
     extract = functools.partial(
         extract_manifest,
         cache_dir=root,
-        compute=compute,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
+        options=options,
         hash_seconds=watch.seconds()["hash"],
     )
     extractions = {item.name: extract(manifest, item) for item in loaded} if Source.EMBEDDINGS in sources else {}
@@ -162,8 +170,9 @@ def compare(
             backbone_name=name,
             backbone=functools.partial(load, name),
             random_backbone=functools.partial(load_backbone, name, weights=RANDOM),
-            spec=functools.partial(extract_spec, compute=compute),
+            spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
+            n_views=extractions[name].views if name in extractions else config.VIEWS,
             device=target,
             workers=workers,
             epochs=epochs,
@@ -172,7 +181,7 @@ def compare(
     ]
     jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
     done: list[Entry | LeftOut] = []
-    row_words = _changed_words(
+    row_words = changed_words(
         labels=(labels, None),
         val_fraction=(val_fraction, config.VAL_FRACTION),
         split_seed=(split_seed, config.SPLIT_SEED),
@@ -186,7 +195,7 @@ def compare(
             weights=weights,
             caches={name: extraction.cache for name, extraction in extractions.items()},
             row_words=row_words,
-            epoch_words=_changed_words(epochs=(epochs, config.EPOCHS)),
+            epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
         )
 
     deadline = math.inf if max_minutes is None else start + 60 * max_minutes
@@ -203,12 +212,6 @@ def _check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise UsageError(f"{name} must be at least 1, not {count}")
-
-
-def _changed_words(**options: tuple[object, object]) -> tuple[str, ...]:
-    """Return `--name value` of each (value, default) where these differ."""
-    changed = {name: value for name, (value, default) in options.items() if value != default}
-    return tuple(word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value)))
 
 
 def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish: Callable[..., Manifest]) -> Manifest:

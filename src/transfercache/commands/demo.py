@@ -11,7 +11,7 @@ from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.compare import Comparison, compare
-from transfercache.commands.extract import extract_spec
+from transfercache.commands.extract import EmbedOptions
 from transfercache.commands.inputs import cache_root
 from transfercache.comparison.pace import measure_pace
 from transfercache.comparison.schedule import OnEstimate
@@ -72,7 +72,7 @@ def _estimate(
 ) -> None:
     """Say how long all of a first run will take, by the pace of a few images; a further run is over at once."""
     manifest, loaded = read_source(data), load_backbone(backbone)
-    spec = extract_spec(loaded, config.COMPUTE)
+    spec = EmbedOptions().spec(loaded)
     if find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) is not None:
         return
     pace = measure_pace(manifest, loaded, device=pick_device(device))

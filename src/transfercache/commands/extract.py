@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +19,24 @@ from transfercache import config
 from transfercache.backbones.devices import device_name, pick_device
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import Backbone, load_backbone
+from transfercache.cache.provenance import Run, makers_of
 from transfercache.cache.reader import Cache, open_cache
 from transfercache.cache.rows import OK
 from transfercache.cache.store import Store, find, find_or_create
 from transfercache.cache.table import FeatureTable
-from transfercache.commands.inputs import BadImage, bad_images, cache_root, finish_manifest, known_files, log_bad
+from transfercache.commands.inputs import (
+    BadImage,
+    bad_images,
+    cache_root,
+    changed_words,
+    finish_manifest,
+    known_files,
+    log_bad,
+)
 from transfercache.environment import describe_environment
-from transfercache.errors import DataError
-from transfercache.extract.run import Outcome, extract_into
+from transfercache.errors import DataError, UsageError
+from transfercache.extract.loop import Embedder
+from transfercache.extract.run import ExtractionRun, Outcome
 from transfercache.images.manifest import Manifest
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec
@@ -37,21 +48,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a part's name keeps of the data's, so that the part's number stays within a folder's name.
+_PART_NAME = 60
+
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
     """What one extraction did, and the cache it left."""
 
     cache: Path
-    rows: int
-    computed: int
+    rows: int  # images
+    views: int  # rows of each image
+    computed: int  # view rows
     reused: int
+    checked: int  # rows of other versions, computed again for comparison
     bad: tuple[BadImage, ...]
     straddling: int  # groups, or sets of equal images, that the given split divides
     dim: int
     seconds: dict[str, float]  # total: wall; hash; decode: summed over its threads; forward; write
     engine: str
     device: str
+    next_command: tuple[str, ...]  # the words of the command a person would run next
 
     @property
     def images_per_second(self) -> float | None:
@@ -71,27 +88,27 @@ class Extraction:
         n_held = len(set(zip(cache.rows.shard[good].tolist(), cache.rows.slot[good].tolist(), strict=True)))
         runs = [
             {
-                **{name: run[name] for name in ("date", "device", "machine")},
-                "seconds": run["seconds"]["total"],
-                "images": run["computed"],
+                "date": run.date,
+                "device": run.device,
+                "machine": run.machine,
+                "seconds": run.seconds["total"],
+                "images": run.computed,
             }
             for run in cache.provenance
+            if run.computed
         ]
-        largest = max(runs, key=lambda run: run["images"])
-        images = sum(run["images"] for run in runs)
+        images = sum(run.computed for run in cache.provenance)
+        largest = max(cache.provenance, key=lambda run: run.computed)
         return {
-            **{name: largest[name] for name in ("date", "device", "machine")},
-            "seconds": sum(run["seconds"] for run in runs if run["images"]),
+            "date": largest.date,
+            "device": largest.device,
+            "machine": largest.machine,
+            "seconds": sum(run.seconds["total"] for run in cache.provenance if run.computed),
             "images": images,
-            "runs": [run for run in runs if run["images"]],
+            "runs": runs,
             "is_complete": images >= n_held,
             "is_from_this_run": self.computed > 0 and self.computed == images,
         }
-
-    @property
-    def next_command(self) -> tuple[str, ...]:
-        """The words of the command a person would run next."""
-        return ("tlc", "train-head", str(self.cache))
 
     def open(self) -> Cache:
         """Open the cache for reading."""
@@ -110,8 +127,10 @@ class Extraction:
         return {
             "cache": str(self.cache),
             "rows": self.rows,
+            "views": self.views,
             "computed": self.computed,
             "reused": self.reused,
+            "checked": self.checked,
             "bad": [item.to_json() for item in self.bad],
             "straddling": self.straddling,
             "dim": self.dim,
@@ -126,10 +145,42 @@ class Extraction:
         from rich.text import Text
 
         pace = f", {self.images_per_second:.1f} images/s" if self.images_per_second else ""
+        views = f" in {self.views} views" if self.views > 1 else ""
+        checked = f", {self.checked} of other versions found equal" if self.checked else ""
         # Text: the path may hold what rich takes for markup.
         return Text(
-            f"{self.cache}\n{self.rows} images, {self.dim} features each: {self.computed} computed, "
-            f"{self.reused} reused in {self.seconds['total']:.1f} s{pace} ({self.engine}, {self.device})"
+            f"{self.cache}\n{self.rows} images{views}, {self.dim} features each: {self.computed} computed, "
+            f"{self.reused} reused{checked} in {self.seconds['total']:.1f} s{pace} ({self.engine}, {self.device})"
+        )
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How images are embedded, as `extract_features` and `compare` take it."""
+
+    compute: config.Compute = config.COMPUTE
+    storage_dtype: config.StorageDtype = config.STORAGE_DTYPE
+    views: int | None = None
+    device: config.Device = config.DEVICE
+    batch_size: int = config.EXTRACT_BATCH_SIZE
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.views is not None and not 1 <= self.views <= config.MAX_VIEWS:
+            raise UsageError(f"--views {self.views} must lie between 1 and {config.MAX_VIEWS}")
+        if self.storage_dtype not in get_args(config.StorageDtype):
+            known = ", ".join(get_args(config.StorageDtype))
+            raise UsageError(f"--storage-dtype {self.storage_dtype!r} is none of {known}")
+
+    def spec(self, backbone: Backbone) -> ExtractSpec:
+        """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
+        return ExtractSpec(
+            backbone=backbone.name,
+            weights_digest=backbone.weights_digest,
+            boundary=backbone.boundary,
+            preprocessing=backbone.preprocessing,
+            compute="fp32" if self.compute == "auto" else self.compute,
+            storage_dtype="float32" if self.storage_dtype == "auto" else self.storage_dtype,
         )
 
 
@@ -138,95 +189,103 @@ def extract_features(
     *,
     backbone: str = config.BACKBONE,
     weights: str = config.WEIGHTS,
+    views: int | None = None,
+    storage_dtype: config.StorageDtype = config.STORAGE_DTYPE,
     compute: config.Compute = config.COMPUTE,
     device: config.Device = config.DEVICE,
     batch_size: int = config.EXTRACT_BATCH_SIZE,
     workers: int | None = None,
     cache_dir: Path | str | None = None,
+    part: str | None = None,
     labels: Path | str | None = None,
     val_fraction: float = config.VAL_FRACTION,
     split_seed: int = config.SPLIT_SEED,
+    verify_content: bool = False,
     on_bad: config.OnBad = config.ON_BAD,
 ) -> Extraction:
     """Embed every image of DATA with a frozen backbone, into a cache that later calls find again.
 
-    Rows that the cache holds are reused, and an interrupted run goes on where it was. Unreadable images are listed
-    in the result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends
-    with 3.
+    Rows that this cache holds, or another of the same spec under `cache_dir`, are reused, and an interrupted run goes
+    on where it was. `views` are rows of each image (0 the eval transform, 1 its mirror image, then drawn
+    augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices into a
+    cache of its own, for the call without `part` to gather. `verify_content` hashes every file, also where size, times
+    and inode are as before. Unreadable images are listed in the result's `bad` and have no features; with
+    `on_bad="fail"` they are also logged, as the command line ends with 3.
 
-    Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone), WeightsError, CacheError,
-    ResourceError (disk, device), LockedError (another writer).
+    Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone), WeightsError, CacheError
+    (also where other versions made the rows and this machine would make others), ResourceError (disk, device),
+    LockedError (another writer).
     """
+    options = EmbedOptions(compute, storage_dtype, views, device, batch_size, workers)
     scanned_ns = time.time_ns()
     manifest = read_source(data)
+    if part is not None:
+        if labels is not None:
+            raise UsageError("--labels: a part has no labels of its own; give them to the command without --part")
+        manifest = take_part(manifest, part, batch_size=batch_size)
     loaded = load_backbone(backbone, weights=weights)
     root = cache_root(cache_dir)
-    folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=extract_spec(loaded, compute))
+    folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=options.spec(loaded))
     watch = Stopwatch()
     manifest = finish_manifest(
         manifest,
         watch=watch,
-        known=known_files(folder),
+        known={} if verify_content else known_files(folder),
         scanned_ns=scanned_ns,
         labels=labels,
         val_fraction=val_fraction,
         split_seed=split_seed,
     )
-    result = extract_manifest(
-        manifest,
-        loaded,
-        cache_dir=root,
-        compute=compute,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        hash_seconds=watch.seconds()["hash"],
-    )
+    result = extract_manifest(manifest, loaded, cache_dir=root, options=options, hash_seconds=watch.seconds()["hash"])
     log_bad(result.bad, result.rows, on_bad=on_bad)
     if result.straddling:
         logger.warning("%d groups or sets of equal images lie on both sides of the given split", result.straddling)
-    return result
+    if part is None:
+        return result
+    gather = changed_words(
+        backbone=(backbone, config.BACKBONE),
+        weights=(weights, config.WEIGHTS),
+        views=(views, None),
+        storage_dtype=(storage_dtype, config.STORAGE_DTYPE),
+        cache_dir=(cache_dir, None),
+    )
+    return replace(result, next_command=("tlc", "extract-features", str(data), *gather))
 
 
 def extract_manifest(
-    manifest: Manifest,
-    backbone: Backbone,
-    *,
-    cache_dir: Path,
-    compute: config.Compute,
-    device: config.Device,
-    batch_size: int,
-    workers: int | None,
-    hash_seconds: float,
+    manifest: Manifest, backbone: Backbone, *, cache_dir: Path, options: EmbedOptions, hash_seconds: float
 ) -> Extraction:
     """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache."""
     watch = Stopwatch({"hash": hash_seconds})
-    target = pick_device(device)
+    target = pick_device(options.device)
     make_engine = functools.cache(lambda: EagerEngine(backbone, target))
-    store = _store(cache_dir, manifest, extract_spec(backbone, compute), make_engine)
+    store = _store(cache_dir, manifest, options.spec(backbone), make_engine)
+    environment = describe_environment()
 
-    def describe_run(outcome: Outcome) -> Mapping[str, Any]:
-        return {
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "computed": outcome.computed,
-            "seconds": watch.seconds(),
-            "engine": EagerEngine.name,
-            "device": device_name(target),
-            "batch_size": batch_size,
-            "weights": backbone.weights_source,
-            **describe_environment(),
-        }
+    def describe_run(outcome: Outcome) -> Run:
+        return Run(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            computed=outcome.computed,
+            reused=outcome.reused,
+            checked=outcome.checked,
+            copied_from=None,
+            seconds=watch.seconds(),
+            engine=EagerEngine.name,
+            device=device_name(target),
+            batch_size=options.batch_size,
+            weights=backbone.weights_source,
+            **environment,
+        )
 
-    outcome = extract_into(
-        store,
-        manifest,
-        make_engine,
-        backbone.preprocessing,
-        batch_size=batch_size,
-        workers=workers,
-        watch=watch,
+    n_views = options.views or _n_views(store)
+    outcome = ExtractionRun(
+        store=store,
+        embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
+        n_views=n_views,
+        batch_size=options.batch_size,
+        makers=makers_of(EagerEngine.name, environment["versions"]),
         describe_run=describe_run,
-    )
+    ).run()
     if len(outcome.bad) == manifest.n_rows:
         first = min(outcome.bad)
         raise DataError(
@@ -236,26 +295,45 @@ def extract_manifest(
     return Extraction(
         cache=store.folder,
         rows=manifest.n_rows,
+        views=n_views,
         computed=outcome.computed,
         reused=outcome.reused,
+        checked=outcome.checked,
         bad=bad_images(manifest, outcome.bad),
         straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
         dim=backbone.dim,
         seconds={"decode": 0.0, "forward": 0.0, "write": 0.0} | watch.seconds(),
         engine=EagerEngine.name,
         device=device_name(target),
+        next_command=("tlc", "train-head", str(store.folder)),
     )
 
 
-def extract_spec(backbone: Backbone, compute: config.Compute) -> ExtractSpec:
-    """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device."""
-    return ExtractSpec(
-        backbone=backbone.name,
-        weights_digest=backbone.weights_digest,
-        boundary=backbone.boundary,
-        preprocessing=backbone.preprocessing,
-        compute="fp32" if compute == "auto" else compute,
-    )
+def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
+    """Return the I-th of N slices of a manifest, for "I/N": neighbouring rows, in whole batches.
+
+    Whole batches, so that a row is embedded in the place that it has without slices, where no file is unreadable or
+    has the bytes of another. Raises UsageError for other words, DataError where a slice would be empty.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"--part {part!r} must be I/N, for example 1/4, with I from 1 to N")
+    number, n_parts = int(match[1]), int(match[2])
+    n_batches = -(-manifest.n_rows // batch_size)
+    if n_parts > n_batches:
+        raise DataError(
+            f"{manifest.root}: {manifest.n_rows} images are {n_batches} batches of {batch_size}, "
+            f"too few for {n_parts} parts; ask for {n_batches} at most, or a smaller --batch-size"
+        )
+    start, stop = (k * n_batches // n_parts * batch_size for k in (number - 1, number))
+    rows = np.arange(start, min(stop, manifest.n_rows))
+    return replace(manifest.subset(rows), name=f"{manifest.name[:_PART_NAME]}-part{number}of{n_parts}")
+
+
+def _n_views(store: Store) -> int:
+    """Return how many views the cache's rows have, else the default."""
+    rows = store.rows()
+    return config.VIEWS if rows is None else max(int(rows.view.max(initial=0)) + 1, config.VIEWS)
 
 
 def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], EagerEngine]) -> Store:
@@ -267,6 +345,11 @@ def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: 
 
 
 def find_cache_of(manifest: Manifest, *, backbone: str, weights: str, cache_dir: Path) -> Path | None:
-    """Return the cache folder that `extract_features` made of this DATA with this backbone, or None."""
-    spec = extract_spec(load_backbone(backbone, weights=weights), config.COMPUTE)
-    return find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
+    """Return the cache folder that `extract_features` made of this DATA with this backbone, or None.
+
+    Of several, the one that the default storage dtype has.
+    """
+    loaded = load_backbone(backbone, weights=weights)
+    specs = [EmbedOptions(storage_dtype=dtype).spec(loaded) for dtype in get_args(config.StorageDtype)]
+    found = (find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs)
+    return next((folder for folder in found if folder is not None), None)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transfercache import config
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
-from transfercache.commands.extract import extract_spec
+from transfercache.commands.extract import EmbedOptions
 from transfercache.commands.inputs import BadImage, finish_manifest, log_bad
 from transfercache.errors import UsageError
 from transfercache.files import check_writable
@@ -146,7 +146,7 @@ def finetune(
         manifest,
         loaded,
         options=options,
-        spec=extract_spec(loaded, config.COMPUTE),
+        spec=EmbedOptions().spec(loaded),
         device=pick_device(device),
         on_epoch=on_epoch,
     )

@@ -35,6 +35,12 @@ def cache_root(cache_dir: Path | str | None) -> Path:
     return Path(cache_dir or os.environ.get(config.CACHE_DIR_VARIABLE) or config.CACHE_DIR)
 
 
+def changed_words(**options: tuple[object, object]) -> tuple[str, ...]:
+    """Return `--name value` of each (value, default) where these differ."""
+    changed = {name: value for name, (value, default) in options.items() if value != default}
+    return tuple(word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value)))
+
+
 def finish_manifest(
     manifest: Manifest,
     *,

@@ -16,13 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.cache.reader import Cache, is_cache, open_cache
+from transfercache.cache.neighbours import find_neighbours
+from transfercache.cache.provenance import makers_of
+from transfercache.cache.reader import is_cache, open_cache
+from transfercache.cache.slots import RowKey, row_keys
 from transfercache.cache.store import find
 from transfercache.commands.inputs import BadImage, cache_root, known_files, log_bad, log_skipped
+from transfercache.environment import installed_versions
 from transfercache.errors import CacheError, UsageError
-from transfercache.extract.loop import PendingImage, embed_images
+from transfercache.extract.loop import Embedder, PendingView
+from transfercache.extract.parity import check_parity
+from transfercache.extract.plan import wanted_rows
 from transfercache.files import replacing
-from transfercache.images.manifest import Manifest, hash_files
+from transfercache.images.manifest import hash_files
 from transfercache.images.named import NAMED
 from transfercache.images.sources import read_paths, read_source
 from transfercache.models.head_file import Model, check_canaries, load_model
@@ -208,39 +214,28 @@ class LoadedModel:
         scanned_ns = time.time_ns()
         manifest = read_source(words[0]) if len(words) == 1 and _is_listed(words[0]) else read_paths(words)
         log_skipped(manifest)
-        folder = None
+        spec, folder = self.model.head.spec, None
         if not self.model.is_finetuned:
-            spec = self.model.head.spec
             folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
         manifest = hash_files(manifest, known=known_files(folder), scanned_ns=scanned_ns)
+        embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch())
         known: dict[int, Features | str] = dict(manifest.unreadable)
-        if folder is not None:
-            known |= _cached_features(open_cache(folder), manifest)
+        if not self.model.is_finetuned:
+            known |= _cached_features(cache_dir, embedder)
         missing = [row for row in range(manifest.n_rows) if row not in known]
-        computed = self._computed(manifest, missing, batch_size=batch_size, workers=workers)
-        with closing(computed):
+        with closing(_computed(embedder, missing, batch_size=batch_size)) as computed:
             for row, path in enumerate(manifest.paths):
                 yield path, known[row] if row in known else next(computed)
 
-    def _computed(
-        self, manifest: Manifest, rows: Sequence[int], *, batch_size: int, workers: int | None
-    ) -> Generator[Features | str, None, None]:
-        """Yield the embedding, or the reason why there is none, of `rows` in order."""
-        if not rows:
-            return
-        batches = embed_images(
-            [PendingImage(slot, row) for slot, row in enumerate(rows)],
-            manifest,
-            self.engine,
-            self.model.head.spec.preprocessing,
-            batch_size=min(batch_size, len(rows)),
-            workers=workers,
-            watch=Stopwatch(),
-        )
-        with closing(batches):
+
+def _computed(embedder: Embedder, rows: Sequence[int], *, batch_size: int) -> Generator[Features | str, None, None]:
+    """Yield the embedding, or the reason why there is none, of `rows` in order."""
+    if rows:
+        pending = [PendingView(slot, row) for slot, row in enumerate(rows)]
+        with closing(embedder.embed(pending, batch_size=min(batch_size, len(rows)))) as batches:
             for batch in batches:
                 outcomes: dict[int, Features | str] = dict(batch.bad)
-                outcomes |= {image.row: batch.features[i] for i, image in enumerate(batch.images)}
+                outcomes |= {view.row: batch.features[i] for i, view in enumerate(batch.views)}
                 for row in sorted(outcomes):
                     yield outcomes[row]
 
@@ -255,13 +250,18 @@ def _is_listed(word: str) -> bool:
     return (word in NAMED or word.lower().endswith(".csv")) and not Path(word).expanduser().is_dir()
 
 
-def _cached_features(cache: Cache, manifest: Manifest) -> dict[int, Features]:
-    """Return {manifest row: its embedding} for the images whose bytes the cache has seen."""
-    table = cache.table()
-    contents = cache.rows.digest[cache.rows.view == 0][table.row]
-    at = {digest.tobytes(): i for i, digest in enumerate(contents) if table.view[i] == 0}
-    found = ((row, at.get(digest.tobytes())) for row, digest in enumerate(manifest.digests))
-    return {row: table.features[i] for row, i in found if i is not None}
+def _cached_features(cache_dir: Path, embedder: Embedder) -> dict[int, Features]:
+    """Return {manifest row: its embedding} for the images whose bytes some cache of the spec has seen."""
+    manifest = embedder.manifest
+    wanted = wanted_rows(manifest, n_views=1)
+    makers = makers_of(config.ENGINE, installed_versions())
+    features: dict[RowKey, Features] = {}
+    for cache in find_neighbours(cache_dir, embedder.spec, wanted):
+        here = {key: wanted[key] for key in cache.keys}
+        check_parity(cache.folder, cache.catalogue, cache.slots, embedder, here, makers=makers)
+        features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
+    keys = row_keys(manifest.digests, np.zeros(manifest.n_rows, dtype=np.uint8))
+    return {row: features[key] for row, key in enumerate(keys) if key in features}
 
 
 def _collect(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from transfercache import config
 from transfercache.cache.reader import Cache, is_cache, open_cache
-from transfercache.cache.table import FeatureTable
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.classes import check_classes
 from transfercache.commands.inputs import BadImage, cache_root
 from transfercache.errors import DataError, UsageError
@@ -44,7 +44,9 @@ class HeadResult:
     head: Path | None  # None for knn, which only evaluates
     solver: str
     chosen: dict[str, Any]
-    n_train: int
+    n_train: int  # images
+    views: int  # rows of each of them
+    tta: bool  # reported by the mean of an image's views
     straddling: int  # groups, or sets of equal images, that the given split divides
     reported: Report | None
     seconds: dict[str, float]  # load, fit, total
@@ -72,6 +74,8 @@ class HeadResult:
             "solver": self.solver,
             "chosen": self.chosen,
             "n_train": self.n_train,
+            "views": self.views,
+            "tta": self.tta,
             "straddling": self.straddling,
             "reported": None if self.reported is None else self.reported.to_json(),
             "seconds": self.seconds,
@@ -81,9 +85,11 @@ class HeadResult:
         """Return the same for a terminal."""
         from transfercache.report.classes import render_report
 
-        title = f"{self.solver} on {self.n_train} training rows"
+        views = f" in {self.views} views" if self.views > 1 else ""
+        title = f"{self.solver} on {self.n_train} training images{views}"
         written = "" if self.head is None else f"{self.head}\n"
-        footer = f"{written}load {self.seconds['load']:.2f} s, fit {self.seconds['fit']:.2f} s"
+        tta = "reported by the mean of each image's views\n" if self.tta else ""
+        footer = f"{written}{tta}load {self.seconds['load']:.2f} s, fit {self.seconds['fit']:.2f} s"
         return render_report(self.reported, title=title, footer=footer)
 
 
@@ -100,6 +106,7 @@ def train_head(
     labels: Path | str | None = None,
     val_fraction: float | None = None,
     split_seed: int | None = None,
+    tta: bool = False,
     seed: int = config.SEED,
     out: Path | str | None = None,
 ) -> HeadResult:
@@ -108,8 +115,9 @@ def train_head(
     `cache` is a cache folder, the result of `extract_features`, or the DATA of a cache that exists for `backbone`
     and `weights`. `labels` (a CSV of path,label) overlays the cache's labels without touching it. The split is the
     cache's own, unless `val_fraction` or `split_seed` is given: both are config's where they are None, and draw it
-    anew. `C` belongs to the solver logistic, `optimizer` to linear, `class_weight` to both; None takes config's. Every
-    choice is made by cross-validation on training rows.
+    anew. All views of an image train (kNN takes view 0 alone); it is evaluated in view 0, or with `tta` by the mean of
+    its views' probabilities. `C` belongs to the solver logistic, `optimizer` to linear, `class_weight` to both; None
+    takes config's. Every choice is made by cross-validation on training rows, in view 0.
 
     Raises CacheError, DataError (below two classes with training rows; DATA that has changed since its extraction),
     UsageError (unknown solver, a setting that it does not have, another split where the data gives one), ResourceError
@@ -121,11 +129,17 @@ def train_head(
         opened = _open(cache, backbone=backbone, weights=weights, cache_dir=cache_dir)
         table = labelled_table(opened, labels=labels, val_fraction=val_fraction, split_seed=split_seed)
     train = table.subset((table.split == Split.TRAIN) & (table.labels >= 0))
-    held_out = _reported_rows(table)
+    n_views = int(table.view.max(initial=0)) + 1
+    if tta and n_views == 1:
+        raise UsageError(f"--tta: {opened.folder} has one view an image; run its extract-features with --views first")
+    if solver == KNN:  # further views would be each other's neighbours
+        train = train.subset(train.view == EVAL_VIEW)
+    held_out = _reported_rows(table, tta=tta)
+    images = table.view == EVAL_VIEW
     warnings = check_classes(
-        labels=table.labels,
-        split=table.split,
-        component=table.group,
+        labels=table.labels[images],
+        split=table.split[images],
+        component=table.group[images],
         class_names=table.class_names,
         where=str(opened.folder),
     )
@@ -147,7 +161,9 @@ def train_head(
         head=path,
         solver=solver,
         chosen={"neighbours": config.KNN_NEIGHBOURS} if head is None else head.chosen,
-        n_train=len(train.labels),
+        n_train=int(np.sum(train.view == EVAL_VIEW)),
+        views=1 if solver == KNN else n_views,
+        tta=tta,
         straddling=count_straddling(table.split, table.group),
         reported=reported,
         seconds=watch.seconds(),
@@ -244,23 +260,26 @@ def _is_stale(cache: Cache, manifest: Manifest) -> bool:
     return is_renamed or bool(differs.any())
 
 
-def _reported_rows(table: FeatureTable) -> FeatureTable | None:
+def _reported_rows(table: FeatureTable, *, tta: bool) -> FeatureTable | None:
     split = reported_split(table.split, table.labels)
-    # Training takes every view of an image, evaluation the eval transform alone.
-    return None if split is None else table.subset((table.split == split) & (table.labels >= 0) & (table.view == 0))
+    if split is None:
+        return None
+    return table.subset((table.split == split) & (table.labels >= 0) & (tta | (table.view == EVAL_VIEW)))
 
 
 def _report(head: LinearHead | None, train: FeatureTable, held_out: FeatureTable) -> Report:
     n_classes = len(train.class_names)
+    first = np.flatnonzero(held_out.view == EVAL_VIEW)  # where each image's views begin
     if head is None:
         probabilities = knn_probabilities(train.features, train.labels, held_out.features, n_classes=n_classes)
     else:
         probabilities = head.probabilities(held_out.features)
+    n_views = np.diff(np.append(first, len(held_out)))
     return evaluate(
-        held_out.labels,
-        probabilities,
+        held_out.labels[first],
+        np.add.reduceat(probabilities, first) / n_views[:, None],
         class_names=train.class_names,
-        n_train_per_class=np.bincount(train.labels, minlength=n_classes),
+        n_train_per_class=np.bincount(train.labels[train.view == EVAL_VIEW], minlength=n_classes),
         split=Split(held_out.split[0]).name.lower(),
     )
 
@@ -269,6 +288,6 @@ def _model(head: LinearHead, cache: Cache, reported: Report | None) -> Model:
     return Model(
         head=head,
         canary_logits=head.logits(cache.canaries),
-        weights_source=cache.provenance[-1]["weights"],
+        weights_source=cache.provenance[-1].weights,
         reported=None if reported is None else reported.to_json(),
     )

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.cache.table import FeatureTable
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.comparison.results import Seconds
 from transfercache.comparison.strategy import Outcome, Setting, Source, Strategy
 from transfercache.heads.fit import fit_head, pick_solver
@@ -23,8 +23,9 @@ Fit = Callable[[FeatureTable, int], tuple[Predict, Mapping[str, Any]]]
 
 
 def fit_knn(train: FeatureTable, seed: int) -> tuple[Predict, Mapping[str, Any]]:
-    """Keep the rows; nothing is trained."""
+    """Keep the images as the eval transform shows them: more views would be each other's neighbours."""
     n_classes = len(train.class_names)
+    train = train.subset(train.view == EVAL_VIEW)
     chosen = {"neighbours": config.KNN_NEIGHBOURS}
     return lambda x: knn_probabilities(train.features, train.labels, x, n_classes=n_classes), chosen
 
@@ -41,8 +42,7 @@ def run_cached(setting: Setting, seed: int, fit: Fit) -> Outcome:
     """Load, fit and predict, timed; the extraction's seconds come from its record."""
     embeddings, rows, watch = setting.embeddings(), setting.rows, Stopwatch()
     with watch.stage("load"):
-        table = rows.features_of(embeddings.table())
-        train, reported = table.subset(rows.is_train), table.subset(rows.is_reported)
+        train, reported = rows.divide(embeddings.table())
     with watch.stage("fit"):
         predict, chosen = fit(train, seed)
     with watch.stage("predict"):
@@ -78,4 +78,9 @@ def head(solver: str) -> Strategy:
         return run_cached(setting, seed, _fit_solver(solver))
 
     options = {"C": config.C, "class_weight": config.CLASS_WEIGHT, "optimizer": config.OPTIMIZER}
-    return Strategy(name=solver, source=Source.EMBEDDINGS, run=run, options=lambda setting: options)
+    return Strategy(
+        name=solver,
+        source=Source.EMBEDDINGS,
+        run=run,
+        options=lambda setting: {**options, "views": setting.n_views},
+    )

@@ -17,6 +17,7 @@ import safetensors.numpy
 from transfercache.errors import ArtefactError
 from transfercache.files import resource_errors, write_atomic
 from transfercache.metrics import Report, evaluate, predicted_classes
+from transfercache.strict_json import parse
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
@@ -124,7 +125,7 @@ def load_result(path: Path) -> RunResult:
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            document = json.loads(file.metadata()[_METADATA_KEY])
+            document = parse(file.metadata()[_METADATA_KEY].encode())
             arrays = {name: file.get_tensor(name) for name in _ARRAYS}
         version = document.pop("schema_version")
         if version != RESULT_SCHEMA_VERSION:
@@ -137,7 +138,6 @@ def load_result(path: Path) -> RunResult:
         KeyError,
         TypeError,
         AttributeError,
-        RecursionError,
         safetensors.SafetensorError,
     ) as error:
         raise ArtefactError(f"{path}: not a result of this tlc ({error}); delete it, or pass --fresh") from error

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
@@ -16,8 +16,9 @@ import numpy.typing as npt
 from PIL.Image import Image
 from tqdm import tqdm
 
-from transfercache.cache.table import FeatureTable
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import CacheError, DataError, DecodeError
+from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.splits import SPLIT_NAMES, Split, count_straddling, reported_split
@@ -26,7 +27,8 @@ Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 Loaded = TypeVar("Loaded")
 
-EVAL_VIEW = 0
+# Enough to bridge one slow image.
+_IMAGES_AHEAD = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +80,19 @@ class ComparedRows:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def features_of(self, table: FeatureTable) -> FeatureTable:
-        """Return these rows of `table`, in this order; raises CacheError where it is not of this data."""
-        table = table.subset(table.view == EVAL_VIEW)
-        position = np.minimum(np.searchsorted(table.row, self.row), max(len(table) - 1, 0))
-        if not len(table) or not np.array_equal(table.row[position], self.row):
+    def divide(self, table: FeatureTable) -> tuple[FeatureTable, FeatureTable]:
+        """Return the training rows of `table` in all their views, and the reported ones in view 0, in this order.
+
+        Raises CacheError where the table is not of this data.
+        """
+        first = table.subset((table.view == EVAL_VIEW) & np.isin(table.row, self.row))
+        if not np.array_equal(first.row, self.row):
             raise CacheError("the cache lacks rows of this data; run the same command again")
-        table = table.subset(position)
         if not (
-            np.array_equal(table.labels, self.manifest.labels) and np.array_equal(table.split, self.manifest.split)
+            np.array_equal(first.labels, self.manifest.labels) and np.array_equal(first.split, self.manifest.split)
         ):
             raise CacheError("the cache was relabelled while it was being compared; run the same command again")
-        return table
+        return table.subset(np.isin(table.row, self.row[self.is_train])), first.subset(self.is_reported)
 
 
 def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
@@ -138,10 +141,8 @@ def load_pixels(
 
 
 def _in_threads(rows: Int64Array, load: Callable[[int], Loaded], *, workers: int | None, desc: str) -> Iterator[Loaded]:
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        yield from tqdm(
-            pool.map(load, rows.tolist()), total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=None
-        )
-    finally:
-        pool.shutdown(cancel_futures=True)
+    progress = tqdm(total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=None)
+    with progress, closing(run_ahead(rows.tolist(), load, workers=workers, window=_IMAGES_AHEAD)) as ahead:
+        for _, loaded in ahead:
+            yield loaded.result()
+            progress.update()

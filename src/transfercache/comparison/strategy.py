@@ -51,6 +51,7 @@ class Setting:
     random_backbone: Callable[[], Backbone]  # the same architecture, untrained
     spec: Callable[[Backbone], ExtractSpec]
     embeddings: Callable[[], Embeddings]
+    n_views: int  # of each training image in the embeddings
     device: torch.device
     workers: int | None
     epochs: int  # of fine-tuning; the tutorial has its own

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import sys
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from transfercache.cache.shard import ShardWriter
+from transfercache.cache.shard import ShardWriter, as_stored
 from transfercache.errors import DecodeError
+from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import decode_image, read_image_bytes
 from transfercache.images.manifest import Manifest
-from transfercache.images.transforms import eval_pixels
-from transfercache.spec import Preprocessing
+from transfercache.images.transforms import view_pixels
+from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache imports this file
@@ -38,32 +38,80 @@ Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class PendingImage:
-    """One slot of a shard and the manifest row that fills it."""
+class PendingView:
+    """One slot of a shard, and the view of a manifest row that fills it."""
 
     slot: int
     row: int
+    view: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedBatch:
-    """Embeddings of some images, and why others have none."""
+    """Embeddings of some views, and why other rows have none."""
 
-    images: list[PendingImage]
-    features: npt.NDArray[np.float32]  # float32 [len(images), D], finite
+    views: list[PendingView]
+    features: npt.NDArray[np.float32]  # float32 [len(views), D], finite in the spec's storage dtype
     bad: dict[int, str]  # manifest row -> reason
 
 
+@dataclass(frozen=True, eq=False)
+class Embedder:
+    """Turns views of a manifest's images into embeddings under a spec; what it took is charged to `watch`."""
+
+    manifest: Manifest
+    spec: ExtractSpec
+    engine: Callable[[], Engine]  # asked for when a first image is to be embedded
+    workers: int | None  # decoding threads; None: one a core
+    watch: Stopwatch
+
+    def embed(self, pending: Sequence[PendingView], *, batch_size: int) -> Generator[EmbeddedBatch, None, None]:
+        """Yield the embeddings of `pending` batch by batch, in slot order.
+
+        Slot s is computed in batch s // batch_size at position s % batch_size, other positions being zero, so that a
+        row's bits do not depend on which rows an interrupted run had already written.
+        """
+        batches = self._decoded_batches(pending, batch_size)
+        progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
+        with closing(batches), progress as bar:
+            for batch in batches:
+                yield self._embed(batch)
+                bar.update(batch.n_views)
+
+    def _embed(self, batch: _DecodedBatch) -> EmbeddedBatch:
+        if not batch.views:
+            return EmbeddedBatch([], np.zeros((0, 0), dtype=np.float32), batch.bad)
+        engine = self.engine()
+        with self.watch.stage("forward"):
+            features = engine.embed(batch.pixels)[batch.positions]  # float32 [B, D]
+        dtype = self.spec.storage_dtype
+        fits = np.isfinite(as_stored(features, dtype)).all(axis=1)  # bool [B]
+        bad = {batch.views[i].row: _why_it_does_not_fit(features[i], dtype) for i in np.flatnonzero(~fits)}
+        views = [view for view, is_finite in zip(batch.views, fits, strict=True) if is_finite]
+        return EmbeddedBatch(views, features[fits], {**batch.bad, **bad})
+
+    def _decoded_batches(self, pending: Sequence[PendingView], batch_size: int) -> Generator[_DecodedBatch, None, None]:
+        """Yield the batches of the grid in order, decoded in threads; an image is decoded once for its views."""
+        n_views = len({item.view for item in pending}) or 1
+        window = max(_BATCHES_AHEAD * batch_size // n_views, 1)
+        images = run_ahead(_by_image(pending, batch_size), self._load, workers=self.workers, window=window)
+        with closing(images):
+            for _, members in itertools.groupby(images, key=lambda image: image[0][0].slot // batch_size):
+                yield _collect(list(members), batch_size=batch_size, crop=self.spec.preprocessing.crop)
+
+    def _load(self, views: list[PendingView]) -> list[Pixels]:
+        manifest, row = self.manifest, views[0].row
+        path = manifest.paths[row]
+        with self.watch.stage("decode"):
+            data = read_image_bytes(manifest.path_of(row), path)
+            if not manifest.has_content(row, data):
+                raise DecodeError(path, "it changed while it was being read; run the same command again")
+            image, digest = decode_image(data, path), manifest.digests[row].tobytes()
+            return [view_pixels(image, self.spec.preprocessing, digest=digest, view=item.view) for item in views]
+
+
 def fill_shard(
-    writer: ShardWriter,
-    pending: Sequence[PendingImage],
-    manifest: Manifest,
-    engine: Engine,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int | None,
-    watch: Stopwatch,
+    writer: ShardWriter, pending: Sequence[PendingView], embedder: Embedder, *, batch_size: int
 ) -> dict[int, str]:
     """Compute and write the embeddings of `pending`; returns {manifest row: reason} for the images that are bad.
 
@@ -71,18 +119,16 @@ def fill_shard(
     """
     bad: dict[int, str] = {}
     uncommitted = 0
-    batches = embed_images(
-        pending, manifest, engine, preprocessing, batch_size=batch_size, workers=workers, watch=watch
-    )
+    watch = embedder.watch
     try:
         # closing: on Ctrl-C the decoding threads end at once, not when the generator is collected.
-        with closing(batches):
+        with closing(embedder.embed(pending, batch_size=batch_size)) as batches:
             for batch in batches:
                 bad.update(batch.bad)
-                uncommitted += len(batch.images)
+                uncommitted += len(batch.views)
                 with watch.stage("write"):
-                    if batch.images:
-                        writer.write(np.array([image.slot for image in batch.images], dtype=np.int64), batch.features)
+                    if batch.views:
+                        writer.write(np.array([view.slot for view in batch.views], dtype=np.int64), batch.features)
                     if uncommitted >= _ROWS_PER_COMMIT:
                         writer.commit()
                         uncommitted = 0
@@ -92,105 +138,42 @@ def fill_shard(
     return bad
 
 
-def embed_images(
-    pending: Sequence[PendingImage],
-    manifest: Manifest,
-    engine: Engine,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int | None,
-    watch: Stopwatch,
-) -> Generator[EmbeddedBatch, None, None]:
-    """Yield the embeddings of `pending` batch by batch, in slot order.
-
-    Slot s is computed in batch s // batch_size at position s % batch_size, other positions being zero, so that a
-    row's bits do not depend on which rows an interrupted run had already written.
-    """
-    batches = _decoded_batches(pending, manifest, preprocessing, batch_size=batch_size, workers=workers, watch=watch)
-    progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
-    with closing(batches), progress as bar:
-        for batch in batches:
-            yield _embed(batch, engine, watch)
-            bar.update(len(batch.images) + len(batch.bad))
+def _why_it_does_not_fit(features: npt.NDArray[np.float32], dtype: str) -> str:
+    if not np.isfinite(features).all():
+        return _NOT_FINITE
+    return f"its embedding reaches {np.abs(features).max():.6g}, more than {dtype} holds; use --storage-dtype float32"
 
 
 @dataclass(frozen=True, eq=False)
 class _DecodedBatch:
-    images: list[PendingImage]
+    views: list[PendingView]
     positions: list[int]
-    pixels: Pixels  # uint8 [batch_size, crop, crop, 3], zero where no image is pending
+    pixels: Pixels  # uint8 [batch_size, crop, crop, 3], zero where no view is pending
     bad: dict[int, str]
+    n_views: int  # those of bad images included
 
 
-def _embed(batch: _DecodedBatch, engine: Engine, watch: Stopwatch) -> EmbeddedBatch:
-    if not batch.images:
-        return EmbeddedBatch([], np.zeros((0, 0), dtype=np.float32), batch.bad)
-    with watch.stage("forward"):
-        features = engine.embed(batch.pixels)[batch.positions]  # float32 [B, D]
-    finite = np.asarray(np.isfinite(features).all(axis=1))  # bool [B]
-    bad = {batch.images[i].row: _NOT_FINITE for i in np.flatnonzero(~finite)}
-    images = [image for image, is_finite in zip(batch.images, finite, strict=True) if is_finite]
-    return EmbeddedBatch(images, features[finite], {**batch.bad, **bad})
+def _by_image(pending: Sequence[PendingView], batch_size: int) -> Iterator[list[PendingView]]:
+    """Yield, in slot order, the views of one image within one batch of the grid."""
+    in_order = sorted(pending, key=lambda item: item.slot)
+    for _, views in itertools.groupby(in_order, key=lambda item: (item.slot // batch_size, item.row)):
+        yield list(views)
 
 
-def _decoded_batches(
-    pending: Sequence[PendingImage],
-    manifest: Manifest,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int | None,
-    watch: Stopwatch,
-) -> Generator[_DecodedBatch, None, None]:
-    """Yield the batches of the grid in order, decoded in threads (Pillow releases the interpreter lock)."""
-
-    def decode(row: int) -> Pixels:
-        with watch.stage("decode"):
-            return _decode_row(manifest, row, preprocessing)
-
-    ahead: deque[tuple[list[PendingImage], list[Future[Pixels]]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=workers or os.cpu_count(), thread_name_prefix="decode")
-    try:
-        for images in _grid(pending, batch_size):
-            ahead.append((images, [pool.submit(decode, image.row) for image in images]))
-            if len(ahead) > _BATCHES_AHEAD:
-                yield _collect(*ahead.popleft(), batch_size=batch_size, crop=preprocessing.crop)
-        while ahead:
-            yield _collect(*ahead.popleft(), batch_size=batch_size, crop=preprocessing.crop)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _grid(pending: Sequence[PendingImage], batch_size: int) -> Iterator[list[PendingImage]]:
-    images: list[PendingImage] = []
-    for image in sorted(pending, key=lambda item: item.slot):
-        if images and image.slot // batch_size != images[0].slot // batch_size:
-            yield images
-            images = []
-        images.append(image)
-    if images:
-        yield images
-
-
-def _collect(images: list[PendingImage], futures: list[Future[Pixels]], *, batch_size: int, crop: int) -> _DecodedBatch:
+def _collect(
+    images: list[tuple[list[PendingView], Future[list[Pixels]]]], *, batch_size: int, crop: int
+) -> _DecodedBatch:
     pixels = np.zeros((batch_size, crop, crop, 3), dtype=np.uint8)
-    kept: list[PendingImage] = []
+    kept: list[PendingView] = []
     bad: dict[int, str] = {}
-    for image, future in zip(images, futures, strict=True):
+    for views, future in images:
         try:
-            decoded = future.result()
+            loaded = future.result()
         except DecodeError as error:
-            bad[image.row] = error.reason
+            bad[views[0].row] = error.reason
             continue
-        pixels[image.slot % batch_size] = decoded
-        kept.append(image)
-    return _DecodedBatch(kept, [image.slot % batch_size for image in kept], pixels, bad)
-
-
-def _decode_row(manifest: Manifest, row: int, preprocessing: Preprocessing) -> Pixels:
-    path = manifest.paths[row]
-    data = read_image_bytes(manifest.path_of(row), path)
-    if not manifest.has_content(row, data):
-        raise DecodeError(path, "it changed while it was being read; run the same command again")
-    return eval_pixels(decode_image(data, path), preprocessing)
+        for view, one in zip(views, loaded, strict=True):
+            pixels[view.slot % batch_size] = one
+        kept.extend(views)
+    n_views = sum(len(views) for views, _ in images)
+    return _DecodedBatch(kept, [view.slot % batch_size for view in kept], pixels, bad, n_views)

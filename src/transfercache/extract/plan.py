@@ -8,65 +8,63 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.store import Slots
-from transfercache.extract.loop import PendingImage
+from transfercache.cache.slots import RowKey, Slots, row_keys
+from transfercache.extract.loop import PendingView
 from transfercache.images.manifest import Manifest
 
-EVAL_VIEW = 0
 NEW_SHARD = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What to compute: `pending` by shard, and what a new shard holds.
+    """What is wanted, and what of it is missing: `pending` by shard, and what a new shard holds.
 
     A pair that an interrupted run had planned stays in its slot; the others go to a new shard, in the order of the
-    rows. Rows of equal bytes share one slot, filled from the first of them.
+    rows and then of the views. Rows of equal bytes share one slot, filled from the first of them.
     """
 
-    pending: dict[int, list[PendingImage]]  # shard, or NEW_SHARD -> slots to fill
+    wanted: dict[RowKey, tuple[int, int]]  # key -> the first readable row of that content, and the view
+    pending: dict[int, list[PendingView]]  # shard, or NEW_SHARD -> slots to fill
     new_digests: npt.NDArray[np.uint8]  # uint8 [n, 32] of the new shard, in slot order
-    n_reused: int  # distinct (digest, view) pairs that the cache holds already
+    new_views: npt.NDArray[np.uint8]  # uint8 [n]
 
     @property
     def n_pending(self) -> int:
-        """How many embeddings are to be computed."""
+        """How many view rows are missing."""
         return sum(map(len, self.pending.values()))
 
+    @property
+    def n_held(self) -> int:
+        """How many view rows the cache holds already."""
+        return len(self.wanted) - self.n_pending
 
-def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[int]) -> Plan:
-    """Join the manifest's readable rows with the cache's slots; `unfinished` are the shards still open to rows."""
-    wanted = first_rows(manifest)
-    known = slot_of(slots)
-    planned = {
-        (slots.digest[i].tobytes(), int(slots.view[i])): (int(slots.shard[i]), int(slots.slot[i]))
-        for i in np.flatnonzero(~slots.valid & np.isin(slots.shard, list(unfinished)))
-    }
-    pending: dict[int, list[PendingImage]] = {}
-    new: list[bytes] = []
-    for digest, row in wanted.items():
-        key = (digest, EVAL_VIEW)
-        if key in known:
+
+def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[int], n_views: int) -> Plan:
+    """Join the views of the readable rows with the cache's slots; `unfinished` are the shards still open to rows."""
+    wanted = wanted_rows(manifest, n_views)
+    open_slots = np.flatnonzero(~slots.valid & np.isin(slots.shard, list(unfinished)))
+    planned = dict(zip(row_keys(slots.digest[open_slots], slots.view[open_slots]), open_slots.tolist(), strict=True))
+    pending: dict[int, list[PendingView]] = {}
+    new: list[RowKey] = []
+    for key, (row, view) in wanted.items():
+        if key in slots.held:
             continue
-        shard, slot = planned.get(key, (NEW_SHARD, len(new)))
-        if shard == NEW_SHARD:
-            new.append(digest)
-        pending.setdefault(shard, []).append(PendingImage(slot=slot, row=row))
-    new_digests = np.frombuffer(b"".join(new), dtype=np.uint8).reshape(-1, 32)
-    n_pending = sum(map(len, pending.values()))
-    return Plan(pending, new_digests, n_reused=len(wanted) - n_pending)
+        if key in planned:
+            shard, slot = slots.place(planned[key])
+        else:
+            shard, slot = NEW_SHARD, len(new)
+            new.append(key)
+        pending.setdefault(shard, []).append(PendingView(slot=slot, row=row, view=view))
+    keys = np.frombuffer(b"".join(new), dtype=np.uint8).reshape(len(new), -1 if new else 33)
+    return Plan(wanted, pending, new_digests=keys[:, :32], new_views=keys[:, 32])
 
 
-def first_rows(manifest: Manifest) -> dict[bytes, int]:
-    """Return {content digest: the first readable row that has it}, in row order."""
-    rows: dict[bytes, int] = {}
-    for row in range(manifest.n_rows):
-        if row not in manifest.unreadable:
-            rows.setdefault(manifest.digests[row].tobytes(), row)
-    return rows
-
-
-def slot_of(slots: Slots) -> dict[tuple[bytes, int], tuple[int, int]]:
-    """Return {(content digest, view): (shard, slot)} of the rows that the cache holds."""
-    valid = np.flatnonzero(slots.valid)
-    return {(slots.digest[i].tobytes(), int(slots.view[i])): (int(slots.shard[i]), int(slots.slot[i])) for i in valid}
+def wanted_rows(manifest: Manifest, n_views: int) -> dict[RowKey, tuple[int, int]]:
+    """Return {key: (the first readable row of that content, view)}, in the order of the rows and then of the views."""
+    readable = np.flatnonzero(manifest.is_readable())
+    views = np.tile(np.arange(n_views, dtype=np.uint8), len(readable))
+    rows = np.repeat(readable, n_views)
+    wanted: dict[RowKey, tuple[int, int]] = {}
+    for key, row, view in zip(row_keys(manifest.digests[rows], views), rows.tolist(), views.tolist(), strict=True):
+        wanted.setdefault(key, (row, view))
+    return wanted

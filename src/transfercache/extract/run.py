@@ -1,146 +1,225 @@
-"""From a manifest to a published cache: plan, fill what is missing, then say which row lies where."""
+"""From a manifest to a published cache: plan, gather and compute what is missing, then say which row lies where."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
-from transfercache.backbones.engines import Engine
+from transfercache.cache.neighbours import Neighbour, find_neighbours
+from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, OK, Rows
+from transfercache.cache.shard import ShardWriter
+from transfercache.cache.slots import RowKey, Slots, row_keys
 from transfercache.cache.store import Store
-from transfercache.extract.loop import fill_shard
-from transfercache.extract.plan import EVAL_VIEW, NEW_SHARD, Plan, plan_extraction, slot_of
+from transfercache.errors import CacheError
+from transfercache.extract.loop import Embedder, PendingView, fill_shard
+from transfercache.extract.parity import check_parity
+from transfercache.extract.plan import NEW_SHARD, Plan, plan_extraction
 from transfercache.images.manifest import Manifest
-from transfercache.spec import Preprocessing
-from transfercache.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+class _Names(TypedDict):
+    class_names: tuple[str, ...]
+    has_given_split: bool
+
+
+# Copied at once: a megabyte or two.
+_ROWS_PER_COPY = 1024
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """View rows computed and reused, and the reasons of the manifest rows that are bad."""
+    """View rows computed, reused and checked (computed again for comparison), and why manifest rows are bad."""
 
     computed: int
     reused: int
+    checked: int
     bad: dict[int, str]
 
 
-def extract_into(
-    store: Store,
-    manifest: Manifest,
-    make_engine: Callable[[], Engine],
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int | None,
-    watch: Stopwatch,
-    describe_run: Callable[[Outcome], Mapping[str, Any]],
-) -> Outcome:
-    """Compute the embeddings that `store` lacks and publish the rows of `manifest`; hashed, split and labelled.
+@dataclass(eq=False)
+class ExtractionRun:
+    """Computes what a store lacks of a manifest (hashed, split, labelled), and publishes its rows.
 
-    The store is locked for the whole time. An interruption leaves what was committed: the next call goes on from it.
-    `describe_run` makes the provenance record of a run, an interrupted one's too: its seconds are part of the cost.
+    Rows that a cache of the same spec beside it holds are copied from there. `makers` are the engine and versions of
+    now (extract/parity.py). `describe_run` makes the provenance record of a run, an interrupted one's too: its seconds
+    are part of the cost.
     """
-    with store.writing():
-        before = store.slots()
-        plan = plan_extraction(manifest, before, unfinished=_unfinished(store))
-        reasons = dict(manifest.unreadable)
-        if plan.n_pending:
+
+    store: Store
+    embedder: Embedder
+    n_views: int
+    batch_size: int
+    makers: Mapping[str, str]
+    describe_run: Callable[[Outcome], Run]
+    _n_copied: int = field(default=0, init=False)
+    _n_checked: int = field(default=0, init=False)
+
+    def run(self) -> Outcome:
+        """Do what there is to do; where that is nothing, nothing is locked, so that a read-only cache can be used.
+
+        Else the store is locked for the whole time, and an interruption leaves what was committed: the next run goes
+        on from it. Raises CacheError where rows made by other versions are not those that would be made here.
+        """
+        return self._done_already() or self._run_locked()
+
+    def _done_already(self) -> Outcome | None:
+        store = self.store
+        slots = store.slots()
+        plan = self._plan(slots)
+        if plan.n_pending or self._unfinished():
+            return None
+        rows = self._rows(slots, {})
+        if not store.has_published(rows, **self._names()):
+            return None
+        self._check_parity(slots, plan)
+        outcome = self._outcome(plan, slots, bad=_bad(rows))
+        if self._n_checked and os.access(store.folder, os.W_OK):
+            with store.writing():
+                store.record(self.describe_run(outcome))
+        return outcome
+
+    def _run_locked(self) -> Outcome:
+        store = self.store
+        with store.writing():
+            before = store.slots()
+            plan = self._plan(before)
+            # Before anything is recorded: a record by these makers would vouch for all rows.
+            self._check_parity(before, plan)
             try:
-                reasons |= _fill(
-                    store,
-                    plan,
-                    manifest,
-                    make_engine(),
-                    preprocessing,
-                    batch_size=batch_size,
-                    workers=workers,
-                    watch=watch,
-                )
+                reasons = self._fill(plan)
             except BaseException:
-                n_committed = int(store.slots().valid.sum() - before.valid.sum())
-                store.record(describe_run(Outcome(n_committed, plan.n_reused, bad={})))
+                store.record(self.describe_run(self._outcome(plan, before, bad={})))
                 raise
-        for shard in _unfinished(store):
-            store.finish_shard(shard)
-        rows = _publishable_rows(manifest, slot_of(store.slots()), reasons)
-        bad = {row: rows.reason[row] for row in np.flatnonzero(rows.status == BAD).tolist()}
-        outcome = Outcome(computed=_n_computed(plan, manifest, bad), reused=plan.n_reused, bad=bad)
-        store.publish(
-            rows, class_names=manifest.class_names, run=describe_run(outcome), has_given_split=manifest.has_given_split
+            for shard in self._unfinished():
+                store.finish_shard(shard)
+            rows = self._rows(store.slots(), reasons)
+            outcome = self._outcome(plan, before, bad=_bad(rows))
+            run = self.describe_run(outcome)
+            if not store.publish(rows, run=run, **self._names()) and self._n_checked:
+                store.record(run)
+        return outcome
+
+    def _names(self) -> _Names:
+        manifest = self.embedder.manifest
+        return {"class_names": manifest.class_names, "has_given_split": manifest.has_given_split}
+
+    def _rows(self, slots: Slots, reasons: Mapping[int, str]) -> Rows:
+        manifest = self.embedder.manifest
+        return place_rows(manifest, slots, {**manifest.unreadable, **reasons}, n_views=self.n_views)
+
+    def _check_parity(self, slots: Slots, plan: Plan) -> None:
+        store = self.store
+        self._n_checked += check_parity(
+            store.folder, store.catalogue, slots, self.embedder, plan.wanted, makers=self.makers
         )
-    return outcome
 
+    def _unfinished(self) -> list[int]:
+        return [entry.number for entry in self.store.catalogue.shards if not entry.finished]
 
-def _unfinished(store: Store) -> list[int]:
-    return [entry.number for entry in store.catalogue.shards if not entry.finished]
+    def _plan(self, slots: Slots) -> Plan:
+        return plan_extraction(self.embedder.manifest, slots, unfinished=self._unfinished(), n_views=self.n_views)
 
+    def _outcome(self, plan: Plan, before: Slots, *, bad: dict[int, str]) -> Outcome:
+        n_new = int(self.store.slots().valid.sum() - before.valid.sum())
+        return Outcome(n_new - self._n_copied, plan.n_held + self._n_copied, self._n_checked, bad)
 
-def _fill(
-    store: Store,
-    plan: Plan,
-    manifest: Manifest,
-    engine: Engine,
-    preprocessing: Preprocessing,
-    *,
-    batch_size: int,
-    workers: int | None,
-    watch: Stopwatch,
-) -> dict[int, str]:
-    reasons: dict[int, str] = {}
-    for planned, pending in plan.pending.items():
-        shard = planned
-        if planned == NEW_SHARD:
-            views = np.full(len(plan.new_digests), EVAL_VIEW, dtype=np.uint8)
-            shard = store.begin_shard(plan.new_digests, views, batch_size=batch_size)
-        with store.writer(shard) as writer:
-            # An interrupted shard keeps the grid it was begun with, so that its rows are bit-identical.
-            reasons |= fill_shard(
-                writer,
-                pending,
-                manifest,
-                engine,
-                preprocessing,
-                batch_size=store.entry(shard).batch_size,
-                workers=workers,
-                watch=watch,
+    def _fill(self, plan: Plan) -> dict[int, str]:
+        """Fill the planned slots from the caches beside this one, and from the images; returns {row: why it is bad}."""
+        keys = {key for pending in plan.pending.values() for key in self._keys(pending)}
+        folder = self.store.folder
+        found = find_neighbours(folder.parent, self.embedder.spec, keys, beside=folder)
+        neighbours = [neighbour for neighbour in found if self._trusts(neighbour, plan)]
+        reasons: dict[int, str] = {}
+        for planned, pending in plan.pending.items():
+            shard = planned
+            if planned == NEW_SHARD:
+                shard = self.store.begin_shard(plan.new_digests, plan.new_views, batch_size=self.batch_size)
+            with self.store.writer(shard) as writer:
+                left = list(pending)
+                for neighbour in neighbours:
+                    left = self._copy(writer, left, neighbour)
+                # An interrupted shard keeps the grid it was begun with, so that its rows are bit-identical.
+                batch_size = self.store.entry(shard).batch_size
+                reasons |= fill_shard(writer, left, self.embedder, batch_size=batch_size)
+        return reasons
+
+    def _keys(self, pending: Sequence[PendingView]) -> list[RowKey]:
+        digests = self.embedder.manifest.digests[[item.row for item in pending]]
+        return row_keys(digests, np.array([item.view for item in pending], dtype=np.uint8))
+
+    def _trusts(self, neighbour: Neighbour, plan: Plan) -> bool:
+        wanted = {key: plan.wanted[key] for key in neighbour.keys}
+        try:
+            self._n_checked += check_parity(
+                neighbour.folder, neighbour.catalogue, neighbour.slots, self.embedder, wanted, makers=self.makers
             )
-    return reasons
+        except CacheError as error:
+            logger.warning("computed instead of taken from there: %s", error)
+            return False
+        return True
+
+    def _copy(self, writer: ShardWriter, pending: list[PendingView], neighbour: Neighbour) -> list[PendingView]:
+        """Copy the rows that a neighbour holds; returns those of `pending` that are still missing."""
+        from_there = set(neighbour.keys)
+        found = [(key, item) for key, item in zip(self._keys(pending), pending, strict=True) if key in from_there]
+        copied: set[PendingView] = set()
+        try:
+            with self.embedder.watch.stage("copy"):
+                for start in range(0, len(found), _ROWS_PER_COPY):
+                    block = found[start : start + _ROWS_PER_COPY]
+                    features = neighbour.slots.take([key for key, _ in block])
+                    writer.write(np.array([item.slot for _, item in block], dtype=np.int64), features)
+                    copied.update(item for _, item in block)
+        except CacheError as error:
+            logger.warning("computed instead of taken from there: %s", error)
+        if copied:
+            writer.commit()
+            self._n_copied += len(copied)
+            self.store.record(*neighbour.shares(len(copied)))
+        return [item for item in pending if item not in copied]
 
 
-def _n_computed(plan: Plan, manifest: Manifest, bad: Mapping[int, str]) -> int:
-    rows = [image.row for pending in plan.pending.values() for image in pending]
-    return sum(row not in bad for row in rows)
-
-
-def _publishable_rows(
-    manifest: Manifest, slots: Mapping[tuple[bytes, int], tuple[int, int]], reasons: Mapping[int, str]
-) -> Rows:
-    """Place every manifest row at its slot; a row without one is bad, for the reason of its first copy."""
+def place_rows(manifest: Manifest, slots: Slots, reasons: Mapping[int, str], *, n_views: int) -> Rows:
+    """Place each view of each manifest row at its slot; a row that lacks one is bad, for the reason of its content."""
     n_rows = manifest.n_rows
-    places = [slots.get((digest.tobytes(), EVAL_VIEW), (-1, -1)) for digest in manifest.digests]
-    shard, slot = np.array(places, dtype=np.int64).reshape(n_rows, 2).T
+    view = np.tile(np.arange(n_views, dtype=np.uint8), n_rows)
+    keys = row_keys(np.repeat(manifest.digests, n_views, axis=0), view)
+    index = np.array([slots.held.get(key, -1) for key in keys], dtype=np.int64).reshape(n_rows, n_views)
+    is_bad = (index < 0).any(axis=1) | ~manifest.is_readable()
     reason_of_content = {manifest.digests[row].tobytes(): reason for row, reason in reasons.items()}
-    is_bad = (shard < 0) | ~manifest.is_readable()
     reason = [
         reasons.get(row) or reason_of_content[manifest.digests[row].tobytes()] if is_bad[row] else ""
         for row in range(n_rows)
     ]
+    # A bad row has one entry, of view 0.
+    row, own_view = np.nonzero(~is_bad[:, None] | (np.arange(n_views) == 0))
+    # A bad row's place is the -1 that stands behind the last slot.
+    at = np.where(is_bad[row], -1, index[row, own_view])
     return Rows(
-        path=manifest.paths,
-        size=manifest.size,
-        mtime_ns=manifest.mtime_ns,
-        ctime_ns=manifest.ctime_ns,
-        inode=manifest.inode,
-        digest=manifest.digests,
-        view=np.full(n_rows, EVAL_VIEW, dtype=np.uint8),
-        label=manifest.labels,
-        split=manifest.split,
-        group=manifest.component(),
-        status=np.where(is_bad, BAD, OK).astype(np.uint8),
-        reason=tuple(reason),
-        shard=np.where(is_bad, -1, shard).astype(np.int32),
-        slot=np.where(is_bad, -1, slot),
+        path=tuple(manifest.paths[i] for i in row.tolist()),
+        size=manifest.size[row],
+        mtime_ns=manifest.mtime_ns[row],
+        ctime_ns=manifest.ctime_ns[row],
+        inode=manifest.inode[row],
+        digest=manifest.digests[row],
+        view=own_view.astype(np.uint8),
+        label=manifest.labels[row],
+        split=manifest.split[row],
+        group=manifest.component()[row],
+        status=np.where(is_bad[row], BAD, OK).astype(np.uint8),
+        reason=tuple(reason[i] for i in row.tolist()),
+        shard=np.append(slots.shard, np.int32(-1))[at],
+        slot=np.append(slots.slot, -1)[at],
     )
+
+
+def _bad(rows: Rows) -> dict[int, str]:
+    return {int(rows.row[i]): rows.reason[i] for i in np.flatnonzero(rows.status == BAD)}

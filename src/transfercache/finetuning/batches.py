@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +11,7 @@ from PIL.Image import Image
 
 from transfercache.errors import DecodeError
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels, train_pixels
@@ -82,30 +80,13 @@ class ImageReader:
                 return load(row)
 
         window = PREFETCHED_BATCHES * self.options.batch_size
-        for row, loaded in _run_ahead(rows.tolist(), timed, workers=self.options.workers, window=window):
+        for row, loaded in run_ahead(rows.tolist(), timed, workers=self.options.workers, window=window):
             try:
                 pixels = loaded.result()
             except DecodeError as error:
                 self.bad[row] = error.reason
                 continue
             yield row, pixels
-
-
-def _run_ahead(
-    rows: list[int], load: Callable[[int], UInt8Array], *, workers: int | None, window: int
-) -> Iterator[tuple[int, Future[UInt8Array]]]:
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
-    waiting: deque[tuple[int, Future[UInt8Array]]] = deque()
-    try:
-        for row in rows:
-            waiting.append((row, pool.submit(load, row)))
-            if len(waiting) == window:
-                yield waiting.popleft()
-        while waiting:
-            yield waiting.popleft()
-    finally:
-        # Also on Ctrl-C: what nobody will read is not decoded.
-        pool.shutdown(cancel_futures=True)
 
 
 def group_images(images: Iterable[tuple[int, UInt8Array]], batch_size: int) -> Iterator[Batch]:

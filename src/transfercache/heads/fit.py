@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 
 from transfercache import config
-from transfercache.cache.table import FeatureTable
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError, UsageError, did_you_mean
 from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int64Array, Problem, Settings, Solver
@@ -52,9 +52,10 @@ def fit_head(
     """Fit a head to the labelled rows of `table`, which are all taken as training rows.
 
     A setting that is None is config's; `C` belongs to `logistic`, `optimizer` to `linear`. `balanced` weighs a row by
-    n / (classes * rows of its class), as scikit-learn does, in the fit and in the choice alike. A class without rows
-    gets the probability 0. Raises UsageError for an unknown word or another solver's setting, DataError below two
-    classes with rows.
+    n / (classes * rows of its class), as scikit-learn does, in the fit and in the choice alike. All views of an image
+    train, and weigh together as much as the image alone, so that C means the same whatever their number; held-out rows
+    are scored in view 0. A class without rows gets the probability 0. Raises UsageError for an unknown word or another
+    solver's setting, DataError below two classes with rows.
     """
     fit = pick_solver(solver)
     check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
@@ -66,7 +67,14 @@ def fit_head(
     table = table.subset(table.labels >= 0)
     classes = _trainable_classes(table)
     targets = np.searchsorted(classes, table.labels).astype(np.int64)
-    problem = Problem(table.features, targets, _row_weights(targets, class_weight), table.group, settings)
+    problem = Problem(
+        features=table.features,
+        targets=targets,
+        row_weights=_row_weights(targets, class_weight) / _views_of_row(table),
+        is_scored=table.view == EVAL_VIEW,
+        component=table.group,
+        settings=settings,
+    )
     fitted, chosen = fit(problem)
     weight, bias = _spread(fitted, classes, n_classes=len(table.class_names))
     return LinearHead(
@@ -75,7 +83,7 @@ def fit_head(
         class_names=table.class_names,
         spec=table.spec,
         solver=solver,
-        n_train=len(table),
+        n_train=int(np.sum(table.view == EVAL_VIEW)),
         chosen={**chosen, "class_weight": class_weight},
     )
 
@@ -120,6 +128,11 @@ def _row_weights(targets: Int64Array, class_weight: str) -> Float64Array:
         return np.ones(len(targets))
     counts = np.bincount(targets)
     return np.asarray((len(targets) / (len(counts) * counts))[targets])
+
+
+def _views_of_row(table: FeatureTable) -> Int64Array:
+    """Return int64 [N]: how many views the row's image has, over which its weight is spread: it counts once."""
+    return np.asarray(np.bincount(table.row)[table.row])
 
 
 def _spread(fitted: Affine, classes: Int64Array, *, n_classes: int) -> tuple[Float32Array, Float32Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 
 #: What was selected and how, in JSON's types; it travels in the MODEL file.
 Chosen = dict[str, Any]
@@ -32,6 +33,9 @@ class Problem:
     features: Float32Array  # [N, D], raw embeddings
     targets: Int64Array  # [N], 0..K-1
     row_weights: Float64Array  # [N]
+    is_scored: (
+        BoolArray  # [N], rows that a held-out loss is taken over: each image once, as the eval transform shows it
+    )
     component: Int64Array  # [N], rows that no fold may separate share a number
     settings: Settings
 
@@ -42,8 +46,13 @@ class Problem:
 
     def subset(self, rows: Int64Array) -> Problem:
         """Return the rows with these indices, in that order."""
-        return Problem(
-            self.features[rows], self.targets[rows], self.row_weights[rows], self.component[rows], self.settings
+        return replace(
+            self,
+            features=self.features[rows],
+            targets=self.targets[rows],
+            row_weights=self.row_weights[rows],
+            is_scored=self.is_scored[rows],
+            component=self.component[rows],
         )
 
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Fold(NamedTuple):
-    """Row indices: `train` is fitted, `held` is scored; they share no component."""
+    """Row indices: `train` is fitted, in all views; `held` is scored; they share no component."""
 
     train: Int64Array
     held: Int64Array
@@ -40,7 +40,9 @@ def make_folds(problem: Problem) -> list[Fold]:
     fold_of, n_folds = assign_folds(
         problem.targets, problem.component, n_folds=config.N_FOLDS, seed=problem.settings.seed
     )
-    folds = [Fold(np.flatnonzero(fold_of != k), np.flatnonzero(fold_of == k)) for k in range(n_folds)]
+    folds = [
+        Fold(np.flatnonzero(fold_of != k), np.flatnonzero((fold_of == k) & problem.is_scored)) for k in range(n_folds)
+    ]
     return [fold for fold in folds if len(np.unique(problem.targets[fold.train])) == problem.n_targets]
 
 

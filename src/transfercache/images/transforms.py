@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
 
 UInt8Array = npt.NDArray[np.uint8]
@@ -22,6 +23,19 @@ _AREA = (0.08, 1.0)
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
 _FLIP_PROBABILITY = 0.5
+
+
+def view_pixels(image: Image.Image, preprocessing: Preprocessing, *, digest: bytes, view: int) -> UInt8Array:
+    """Return uint8 [crop, crop, 3], one view of an image whose file has the SHA-256 `digest` (32 bytes).
+
+    View 0 is the eval transform and view 1 its mirror image; each further one is drawn from the training augmentation
+    by a generator of its own, so that it depends on the image's bytes and its number alone.
+    """
+    if view == 0:
+        return eval_pixels(image, preprocessing)
+    if view == 1:
+        return np.ascontiguousarray(eval_pixels(image, preprocessing)[:, ::-1])
+    return train_pixels(image, preprocessing, derive_rng(0, "view", digest.hex(), view))
 
 
 def eval_pixels(image: Image.Image, preprocessing: Preprocessing) -> UInt8Array:

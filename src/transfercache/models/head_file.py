@@ -23,6 +23,7 @@ from transfercache.files import check_writable, write_atomic
 from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.heads.linear_head import LinearHead
 from transfercache.spec import ExtractSpec
+from transfercache.strict_json import parse
 from transfercache.version import __version__
 
 MODEL_SCHEMA_VERSION = 1
@@ -126,10 +127,7 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError("it has no tlc metadata")
     if len(text) > _MAX_METADATA_BYTES:
         raise ValueError("its metadata is too large")
-    try:
-        description = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("its metadata is nested too deeply") from error
+    description = parse(text.encode())
     if not isinstance(description, dict):
         raise ValueError("its metadata is not an object")
     version = description.get("schema_version")

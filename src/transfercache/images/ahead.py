@@ -1,0 +1,34 @@
+"""Work done ahead of its reader, in threads, in order and within a bound; the one pool for everything that decodes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Done = TypeVar("Done")
+
+
+def run_ahead(
+    items: Iterable[Item], work: Callable[[Item], Done], *, workers: int | None, window: int
+) -> Generator[tuple[Item, Future[Done]], None, None]:
+    """Yield each item with the future of `work` on it, in the order of `items`; at most `window` are under way.
+
+    Threads, because Pillow releases the interpreter lock; None is one a core. Close the generator to end them early.
+    """
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
+    waiting: deque[tuple[Item, Future[Done]]] = deque()
+    try:
+        for item in items:
+            waiting.append((item, pool.submit(work, item)))
+            if len(waiting) >= window:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    except BaseException:  # closed early, or Ctrl-C: what nobody will read is not decoded
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()

@@ -1,0 +1,155 @@
+"""Rows made by other versions are compared with what this machine makes, before any is reused or added."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from transfercache.cache.store import Store
+from transfercache.errors import CacheError, DecodeError
+from transfercache.extract import loop
+from transfercache.extract.parity import MIN_COSINE
+
+NEWER = {"torch": "3.0", "pillow": "12.0"}
+
+
+@pytest.fixture
+def turned(make_engine: Any) -> Any:
+    """Returns an engine of mean colours that turns every embedding by an angle: cosine = cos(degrees)."""
+
+    class Turned(make_engine):  # type: ignore[misc]
+        def __init__(self, degrees: float = 0.0) -> None:
+            super().__init__()
+            self.degrees = degrees
+
+        def embed(self, pixels: np.ndarray) -> np.ndarray:
+            x = super().embed(pixels).astype(np.float64)
+            x[:, 3:5] = 0  # what depends on the batch
+            # A vector of the same length at right angles to each row.
+            other = np.roll(x, 1, axis=1)
+            lengths = (x**2).sum(axis=1, keepdims=True)
+            other -= x * (x * other).sum(axis=1, keepdims=True) / lengths
+            other *= np.sqrt(lengths / (other**2).sum(axis=1, keepdims=True))
+            angle = np.radians(self.degrees)
+            return np.asarray(np.cos(angle) * x + np.sin(angle) * other, np.float32)
+
+    return Turned
+
+
+@pytest.fixture
+def four(extractor: Any, turned: Any, photos: Path) -> Any:
+    """An extraction of four images, made with older versions."""
+    for path in [*photos.glob("dog/*"), photos / "cat/4.png"]:
+        path.unlink()
+    extractor.run(turned())
+    extractor.versions = NEWER
+    return extractor
+
+
+def test_same_versions__check_nothing(extractor: Any) -> None:
+    extractor.run()
+    outcome = extractor.run()
+    assert (outcome.checked, extractor.engine.batches) == (0, [])
+
+
+def test_other_versions_that_agree__are_checked_once_and_recorded(four: Any, turned: Any) -> None:
+    outcome = four.run(turned())
+    assert (outcome.checked, outcome.computed, outcome.reused) == (4, 0, 4)
+    assert four.engine.batches == [4]
+    runs = Store(four.folder).catalogue.provenance
+    assert [(run.computed, run.checked, run.versions["torch"]) for run in runs] == [(4, 0, "2.9"), (0, 4, "3.0")]
+    for versions in (NEWER, {"torch": "2.9", "pillow": "12.0"}):  # both are known to agree now
+        four.versions = versions
+        assert (four.run(turned()).checked, four.engine.batches) == (0, [])
+
+
+@pytest.mark.parametrize(("degrees", "is_refused"), [(0.0, False), (0.7, False), (0.9, True), (80.0, True)])
+def test_other_versions__are_refused_below_the_cosine(four: Any, turned: Any, degrees: float, is_refused: bool) -> None:
+    before = Store(four.folder).catalogue
+    if not is_refused:
+        assert four.run(turned(degrees)).checked == 4
+        return
+    assert np.cos(np.radians(degrees)) < MIN_COSINE
+    with pytest.raises(CacheError) as refused:
+        four.run(turned(degrees))
+    message = str(refused.value)
+    assert message.startswith(
+        f"{four.folder}: made by engine positioned, torch 2.9, pillow 12.0; here engine positioned, torch 3.0, "
+        f"pillow 12.0 computes other embeddings (cosine {np.cos(np.radians(degrees)):.5f} for cat/"
+    )
+    assert message.endswith("install those versions, remove the folder to make it anew, or name another --cache-dir")
+    # Nothing vouches for the new versions: the next run is refused as well.
+    assert Store(four.folder).catalogue.provenance == before.provenance
+    with pytest.raises(CacheError, match="computes other embeddings"):
+        four.run(turned(degrees))
+
+
+def test_other_versions__are_refused_before_a_row_is_added(four: Any, turned: Any, photos: Path, draw: Any) -> None:
+    draw(photos / "cat/new.png", 50)
+    with pytest.raises(CacheError, match="computes other embeddings"):
+        four.run(turned(5.0))
+    assert [entry.n_rows for entry in Store(four.folder).catalogue.shards] == [4]
+
+
+def test_other_engine__is_another_maker(four: Any, turned: Any) -> None:
+    four.versions = {"torch": "2.9", "pillow": "12.0"}
+    engine = turned()
+    engine.name = "compiled"
+    assert four.run(engine).checked == 4
+
+
+def test_at_most_eight_rows__are_computed_again(extractor: Any, photos: Path) -> None:
+    extractor.run()
+    extractor.versions = NEWER
+
+    class Constant(type(extractor.engine)):  # type: ignore[misc]
+        """Gives what the cache holds, whatever the batch."""
+
+        def embed(self, pixels: np.ndarray) -> np.ndarray:
+            self.batches.append(len(pixels))
+            by_mean = {tuple(row[:3].tolist()): row for row in served}
+            return np.stack([by_mean[tuple(image.mean(axis=(0, 1)).astype(np.float32).tolist())] for image in pixels])
+
+    served = list(extractor.features().values())
+    outcome = extractor.run(Constant())
+    assert (outcome.checked, extractor.engine.batches) == (8, [8])
+
+
+def test_neighbour_of_other_versions__is_checked_or_not_used(
+    four: Any, turned: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied = type(four)(Path(shutil.copytree(four.data, tmp_path / "copied")), four.cache_dir, versions=NEWER)
+    with caplog.at_level(logging.WARNING):
+        outcome = copied.run(turned(5.0))
+    assert (outcome.computed, outcome.reused) == (4, 0)
+    (record,) = caplog.records
+    assert record.message.startswith(f"computed instead of taken from there: {four.folder}: made by engine positioned")
+    agreeing = type(four)(Path(shutil.copytree(four.data, tmp_path / "agreeing")), tmp_path / "other", versions=NEWER)
+    shutil.copytree(four.folder, agreeing.cache_dir / four.folder.name)
+    outcome = agreeing.run(turned())
+    assert (outcome.computed, outcome.reused, outcome.checked) == (0, 4, 4)
+
+
+def test_image_that_newer_versions_cannot_read__is_no_agreement(four: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(data: bytes, path: str) -> None:
+        raise DecodeError(path, "not read any more")
+
+    monkeypatch.setattr(loop, "decode_image", refuse)
+    with pytest.raises(CacheError, match=r"\(cosine 0\.00000 for cat/"):
+        four.run()
+
+
+def test_cache_that_may_not_be_written__is_checked_and_used(
+    four: Any, turned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in four.folder.iterdir()}
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    outcome = four.run(turned())
+    assert (outcome.checked, outcome.reused) == (4, 4)
+    assert {path: path.read_bytes() for path in four.folder.iterdir()} == before
