@@ -138,20 +138,80 @@ def test_read_source__follows_links_but_no_loop(photos: Path, tmp_path: Path, wr
     assert manifest.class_names == ("a", "b", "whole")
 
 
+def test_read_source__loop_below_a_class_is_listed_once(photos: Path, write_image: Write) -> None:
+    # ImageFolder follows it until the system calls it too many links, and lists each image some forty times.
+    images_in(photos, write_image, "a/1.jpg", "a/deep/2.jpg", "b/3.jpg")
+    (photos / "a" / "deep" / "loop").symlink_to(photos / "a")
+    assert len(ImageFolder(str(photos)).samples) > 40
+    manifest = read_source(photos)
+    assert manifest.paths == ("a/1.jpg", "a/deep/2.jpg", "b/3.jpg")
+    assert manifest.labels.tolist() == [0, 0, 1]
+    assert read_paths([photos]).paths == manifest.paths
+
+
+def make_unreadable(folder: Path) -> dict[str, str]:
+    """Put entries that are no files into a folder; returns their names, sorted, and the reason of each."""
+    (folder / "dangling.jpg").symlink_to(folder / "gone.jpg")
+    (folder / "device.jpg").symlink_to("/dev/null")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "self.jpg").symlink_to("self.jpg")
+    return {
+        "dangling.jpg": "cannot be read (No such file or directory)",
+        "device.jpg": "not a regular file",
+        "pipe.jpg": "not a regular file",
+        "self.jpg": "cannot be read (Too many levels of symbolic links)",
+    }
+
+
 def test_read_source__unreadable_entries_are_rows_with_a_reason(photos: Path, write_image: Write) -> None:
-    images_in(photos, write_image, "a/1.jpg", "b/2.jpg")
-    (photos / "a" / "dangling.jpg").symlink_to(photos / "gone.jpg")
-    os.mkfifo(photos / "b" / "pipe.jpg")
+    images_in(photos, write_image, "a/1.jpg", "b/2.jpg", "b/z.jpg")
+    reasons = make_unreadable(photos / "b")
     manifest = read_source(photos)
-    assert manifest.paths == ("a/1.jpg", "a/dangling.jpg", "b/2.jpg", "b/pipe.jpg")
-    assert manifest.unreadable == {1: "cannot be read (No such file or directory)", 3: "not a regular file"}
+    assert manifest.paths == ("a/1.jpg", "b/2.jpg", *(f"b/{name}" for name in reasons), "b/z.jpg")
+    assert manifest.unreadable == dict(enumerate(reasons.values(), start=2))
+    assert manifest.labels.tolist() == [0, *[1] * 6]
 
 
-def test_read_source__file_name_that_is_not_utf8(photos: Path, write_image: Write) -> None:
-    write_image(photos / "a" / "1.jpg").rename(os.fsdecode(os.fsencode(photos / "a") + b"/caf\xe9.jpg"))
+def test_read_source__unreadable_entries_of_a_csv_and_of_the_command_line(
+    photos: Path, write_image: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(photos / "1.jpg")
+    reasons = make_unreadable(photos)
+    names = ["1.jpg", *reasons]
+    (photos / "rows.csv").write_text("\n".join(["path", *names]))
+    monkeypatch.chdir(photos)
+    for manifest in (read_source("rows.csv"), read_paths(names)):
+        assert manifest.paths == tuple(names)
+        assert manifest.unreadable == dict(enumerate(reasons.values(), start=1))
+
+
+def test_read_source__folder_called_jpg_is_a_folder(photos: Path, write_image: Write) -> None:
+    images_in(photos, write_image, "a/1.jpg", "a/2.jpg/3.jpg", "a/4.jpg")
+    (photos / "a" / "0.jpg").mkdir()
     manifest = read_source(photos)
-    assert manifest.paths == ("a/caf\udce9.jpg",)
-    assert manifest.path_of(0).is_file()
+    reference = ImageFolder(str(photos))
+    assert manifest.paths == ("a/1.jpg", "a/4.jpg", "a/2.jpg/3.jpg")
+    assert [str(manifest.path_of(row)) for row in range(3)] == [path for path, _ in reference.samples]
+    assert (manifest.unreadable, manifest.skipped) == ({}, {})
+
+
+def test_read_source__empty_folder_called_jpg_beside_images_is_no_class(photos: Path, write_image: Write) -> None:
+    images_in(photos, write_image, "1.jpg")
+    (photos / "0.jpg").mkdir()
+    manifest = read_source(photos)
+    assert (manifest.paths, manifest.class_names, manifest.unreadable) == (("1.jpg",), (), {})
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.jpg", b"two\nlines.jpg", b"\xff\n.jpg", b" .jpg", b'a,"b".jpg'])
+def test_read_source__odd_file_name(photos: Path, write_image: Write, name: bytes) -> None:
+    images_in(photos, write_image, "a/.hidden.jpg")
+    path = write_image(photos / "a" / "1.jpg").rename(os.fsdecode(os.fsencode(photos / "a") + b"/" + name))
+    manifest = read_source(photos)
+    assert [os.fsencode(path) for path in manifest.paths] == [b"a/" + name]
+    assert manifest.path_of(0).read_bytes() == path.read_bytes()
+    quoted = name.replace(b'"', b'""')
+    (photos / "rows.csv").write_bytes(b'path,label\n"a/' + quoted + b'",x\n')
+    assert read_source(photos / "rows.csv").paths == manifest.paths
 
 
 def test_read_source__name_is_cleaned(tmp_path: Path, write_image: Write) -> None:

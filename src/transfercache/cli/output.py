@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # `tlc --help` loads neither rich's tables nor numpy
     from transfercache.commands.inputs import BadImage
     from transfercache.finetuning.result import EpochRecord
 
-# More than a screen of bad files hides the figure; --json lists them all.
+# Beside a JSON document, which lists them all.
 _BAD_SHOWN = 10
 
 
@@ -51,10 +51,11 @@ def finish(result: Result, *, as_json: bool, on_bad: str = "fail") -> int:
         from rich.console import Console
 
         Console(soft_wrap=True).print(result.render())
-    for item in result.bad[:_BAD_SHOWN]:
+    shown = result.bad[:_BAD_SHOWN] if as_json else result.bad
+    for item in shown:
         print(f"tlc: {one_line(item.path)}: {one_line(item.reason)}", file=sys.stderr)
-    if len(result.bad) > _BAD_SHOWN:
-        print(f"tlc: and {len(result.bad) - _BAD_SHOWN} more unreadable images; --json lists all", file=sys.stderr)
+    if len(result.bad) > len(shown):
+        print(f"tlc: and {len(result.bad) - len(shown)} more unreadable images, in the document", file=sys.stderr)
     print(f"next: {one_line(shlex.join(result.next_command))}", file=sys.stderr)
     return DataError.exit_code if result.bad and on_bad == "fail" else 0
 

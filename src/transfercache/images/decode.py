@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from transfercache.errors import DecodeError
+from transfercache.images.jpeg import hole_bytes
 
 #: Where Pillow itself refuses (twice its MAX_IMAGE_PIXELS): 512 MiB as RGB.
 MAX_PIXELS = 178_956_970
+_TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels"
 
 # By content, whatever the extension says; JPEG covers the MPO files of phones. Left out on purpose: EPS, for
 # instance, would start Ghostscript.
@@ -38,6 +41,11 @@ _PILLOW_ERRORS = (
 )
 
 _PILLOW_MODULES = r"PIL\."
+
+_MARKUP = (
+    ((b"<!doctype html", b"<html", b"<head"), "not an image (it starts like HTML)"),
+    ((b"<?xml", b"<svg"), "not an image of pixels (it starts like XML or SVG)"),
+)
 
 
 def load_image(path: Path, shown: str) -> Image.Image:
@@ -65,9 +73,7 @@ def decode_image(data: bytes, path: str) -> Image.Image:
         raise DecodeError(path, "empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                raise DecodeError(path, f"{width} x {height} pixels, more than {MAX_PIXELS // 10**6} million")
+            _check_before_decoding(opened, data, path)
             opened.load()
             with suppress(*_PILLOW_ERRORS):  # damaged metadata is no reason to lose the pixels
                 ImageOps.exif_transpose(opened, in_place=True)
@@ -75,9 +81,22 @@ def decode_image(data: bytes, path: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise DecodeError(path, _what_it_is(data)) from error
     except Image.DecompressionBombError as error:
-        raise DecodeError(path, f"more than {MAX_PIXELS // 10**6} million pixels") from error
+        raise DecodeError(path, _TOO_LARGE) from error
     except _PILLOW_ERRORS as error:
         raise DecodeError(path, _damage(error)) from error
+
+
+def _check_before_decoding(image: Image.Image, data: bytes, path: str) -> None:
+    """Refuse what Pillow would take too much memory for, or would decode into a wrong picture without a word."""
+    if image.width * image.height > MAX_PIXELS:  # Pillow's own limit can be switched off
+        raise DecodeError(path, _TOO_LARGE)
+    if image.format in ("JPEG", "MPO") and (hole := hole_bytes(data)):
+        raise DecodeError(path, f"damaged (a hole of {hole} zero bytes in its image data)")
+    # Pillow scales no 12-bit TIFF to 16 bits, so that it comes out nearly black, and inverts no 16-bit negative.
+    tags = getattr(image, "tag_v2", {})
+    is_negative = tags.get(PHOTOMETRIC_INTERPRETATION) == 0
+    if image.mode.startswith("I;16") and (is_negative or tags.get(BITSPERSAMPLE, (16,)) != (16,)):
+        raise DecodeError(path, "grey of 12 bits, or with 0 for white; save it with 8 or 16 bits, 0 being black")
 
 
 def _silence_pillow() -> None:
@@ -116,14 +135,15 @@ def _damage(error: BaseException) -> str:
 
 def _what_it_is(data: bytes) -> str:
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
-        return "not an image (it starts like HTML)"
-    if start.startswith((b"<?xml", b"<svg")):
-        return "not an image of pixels (it starts like XML or SVG)"
+    for beginnings, reason in _MARKUP:
+        if start.startswith(beginnings):
+            return reason
     if data[4:8] == b"ftyp":
         return "a HEIC, AVIF or video file; convert it to JPEG or PNG"
     if data.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")):
-        return "truncated or damaged (its header cannot be read)"
+        return "truncated, damaged or of an unusual kind (its header cannot be read)"
+    if not data.strip(b"\0"):
+        return "nothing but zero bytes (from a torn copy or download)"
     if not set(data[:1024]) - set(range(0x20, 0x7F)) - set(b"\t\r\n\f"):
         return "not an image (it starts like text)"
     return "not an image in a format that is read (JPEG, PNG, TIFF, WebP, BMP, GIF, PPM)"
