@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import transfercache
-from transfercache.cli import handlers
+from transfercache.cli import cache_handlers, handlers
 
 PACKAGE = "transfercache"
 SOURCE = Path(transfercache.__file__).parent
@@ -205,25 +205,29 @@ def test_public_names__are_all_that_a_fresh_import_shows() -> None:
     assert set(ast.literal_eval(_python(code))) <= {"annotations", "import_module", "Any", "TYPE_CHECKING", "version"}
 
 
-HANDLERS = [
-    name
-    for name, value in vars(handlers).items()
-    if inspect.isfunction(value) and value.__module__ == handlers.__name__ and name != "register"
-]
+HANDLERS = {
+    name: value
+    for module in (handlers, cache_handlers)
+    for name, value in vars(module).items()
+    if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_" and name != "register"
+}
+# What the command line alone has: how it prints, and whether it asks.
+CLI_ONLY = ("json", "yes")
+# Words that may be left out.
+OPTIONAL_WORDS = ("caches",)
 
 
 @pytest.mark.parametrize("name", HANDLERS)
 def test_signature__is_that_of_the_command(name: str) -> None:
     api = inspect.signature(getattr(transfercache, name)).parameters
-    cli = inspect.signature(getattr(handlers, name)).parameters
+    cli = {p: v for p, v in inspect.signature(HANDLERS[name]).parameters.items() if p not in CLI_ONLY}
     callbacks = {parameter for parameter in api if parameter.startswith("on_") and parameter != "on_bad"}
-    assert [parameter for parameter in api if parameter not in callbacks] == [p for p in cli if p != "json"]
-    defaults = {p: v.default for p, v in cli.items() if p != "json"}
+    assert [parameter for parameter in api if parameter not in callbacks] == list(cli)
     # A repeatable option has a list of the one default.
-    single = {p: v[0] if isinstance(v, list) and len(v) == 1 else v for p, v in defaults.items()}
+    single = {p: v.default[0] if isinstance(v.default, list) else v.default for p, v in cli.items()}
     assert {p: v.default for p, v in api.items() if p not in callbacks} == single
     words = [p for p, v in api.items() if v.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    assert words == [p for p, v in api.items() if v.default is inspect.Parameter.empty]
+    assert words == [p for p, v in api.items() if v.default is inspect.Parameter.empty or p in OPTIONAL_WORDS]
 
 
 def _python(code: str) -> str:

@@ -12,6 +12,7 @@ from transfercache.version import __version__
 
 if TYPE_CHECKING:
     from transfercache.cache.reader import open_cache
+    from transfercache.commands.cache import cache_info, list_caches, prune_caches, remove_caches, verify_cache
     from transfercache.commands.compare import compare
     from transfercache.commands.demo import demo
     from transfercache.commands.extract import extract_features
@@ -23,27 +24,37 @@ if TYPE_CHECKING:
 __all__ = [
     "TlcError",
     "__version__",
+    "cache_info",
     "compare",
     "demo",
     "extract_features",
     "finetune",
+    "list_caches",
     "load",
     "open_cache",
     "predict",
+    "prune_caches",
+    "remove_caches",
     "train_head",
+    "verify_cache",
 ]
 
 # Loaded when first used: `import transfercache` takes milliseconds, and a cached head never loads torch.
 _HOMES = {
     "TlcError": "errors",
+    "cache_info": "commands.cache",
     "compare": "commands.compare",
     "demo": "commands.demo",
     "extract_features": "commands.extract",
     "finetune": "commands.finetune",
+    "list_caches": "commands.cache",
     "load": "commands.predict",
     "open_cache": "cache.reader",
     "predict": "commands.predict",
+    "prune_caches": "commands.cache",
+    "remove_caches": "commands.cache",
     "train_head": "commands.train",
+    "verify_cache": "commands.cache",
 }
 
 

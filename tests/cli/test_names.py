@@ -49,6 +49,13 @@ def test_odd_names__through_every_command(tlc: Run, odd_photos: Path, tmp_path: 
     assert f"next: tlc train-head {shlex.quote(str(cache))}" in lines
     assert open_cache(cache).class_names == tuple(sorted(ODD))
 
+    for words in (("list",), ("info", cache), ("verify",), ("prune", "--yes")):
+        ended = tlc("cache", *words, "--cache-dir", cache_dir, "--json")
+        assert ended.code == 0
+        assert all(line.isprintable() for line in ended.err.splitlines())
+        document = json.loads(ended.out)
+        assert (document if words[0] == "info" else document[0])["cache"] == str(cache)
+
     ended = tlc("train-head", cache, "--C=1", "--out", tmp_path / ODD[1] / "[b]head.safetensors", "--json")
     assert ended.code == 0
     document = json.loads(ended.out)
@@ -69,6 +76,13 @@ def test_odd_names__on_a_terminal(tlc: Run, odd_photos: Path, tmp_path: Path) ->
     assert ended.code == 0
     assert "[red]x [bold]y" in ended.out
     assert r"caf\udce9" in ended.out
+    ended = tlc("cache", "info", cache)
+    assert ended.code == 0
+    assert all(line.isprintable() for line in ended.out.splitlines())
+    assert {"[red]x [bold]y", r"two\nlines", r"\x1b[31mescape", r"caf\udce9"} <= {
+        line.split("  ")[0] for line in ended.out.splitlines()
+    }
+    assert tlc("cache", "list").out.count("[blue]odd") == 1
     ended = tlc("predict", tmp_path / "models/blue-odd-logistic.safetensors", cache)
     assert ended.code == 3
     assert "[red]x [bold]y/00.png" in ended.out

@@ -18,6 +18,10 @@ from transfercache.errors import CacheError, ResourceError
 #: The next step that ends every message about a cache that cannot be trusted.
 REMAKE = "remove the folder and make it anew with: tlc extract-features DATA"
 
+#: What tlc writes is digests in the main, and they do not compress: where fewer of a file's bytes than one in so many
+#: are on the disk, the rest is holes that would be read as zeros, into memory.
+MAX_HOLLOWNESS = 1000
+
 # O_NONBLOCK: opening a FIFO for reading would otherwise wait for a writer that never comes.
 _OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -46,14 +50,31 @@ def opened_plain(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
 def read_plain(path: Path, *, max_bytes: int) -> bytes:
     """Return the bytes of the regular file `path`, whose size is compared with the limit before it is read.
 
-    Raises CacheError where it is larger than `max_bytes`, and what `opened_plain` raises.
+    Raises CacheError where it is larger than `max_bytes` or hollow, and what `opened_plain` raises.
     """
     with opened_plain(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > max_bytes:
             raise CacheError(f"{path}: {size} bytes, more than the {max_bytes} that tlc reads; {REMAKE}")
+        check_stored(path, descriptor, size // MAX_HOLLOWNESS)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(size)
+
+
+def check_stored(path: Path, descriptor: int, n_bytes: int) -> None:
+    """Raise CacheError unless so many bytes of a file were ever written: holes take no space, and read as zeros."""
+    stored = end = 0
+    try:
+        while stored < n_bytes:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+            stored += end - start
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data behind `end`
+            size = os.fstat(descriptor).st_size
+            raise CacheError(f"{path}: hardly any of its {size} bytes are on the disk; {REMAKE}") from error
+        # Else the file system does not know of holes, and has none.
+    os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def write_all(descriptor: int, data: npt.NDArray[Any], offset: int) -> None:

@@ -20,6 +20,10 @@ BAD = 1
 #: 4 GiB hold about twenty million rows.
 MAX_BYTES = 4 << 30
 
+#: Entries of equal content share a slot. On the whole no more than so many do, else features in memory would be more
+#: than a thousand times what is on the disk.
+MAX_ROWS_PER_SLOT = 1000
+
 _ARRAYS: dict[str, tuple[str, tuple[int, ...]]] = {
     "size": ("int64", ()),
     "mtime_ns": ("int64", ()),
@@ -100,10 +104,14 @@ class Rows:
     def check_against(self, class_names: tuple[str, ...], shard_rows: Mapping[int, int]) -> None:
         """Raise ValueError unless every label names a class and every good row a slot of a finished shard.
 
-        `shard_rows` gives the number of rows of each finished shard by the shard's number.
+        Nor may the rows be more than `MAX_ROWS_PER_SLOT` for each slot there is. `shard_rows` gives the number of rows
+        of each finished shard by the shard's number.
         """
         if self.label.max(initial=-1) >= len(class_names):
             raise ValueError(f"label {self.label.max()} with {len(class_names)} class names")
+        n_good, n_slots = int(np.sum(self.status == OK)), sum(shard_rows.values())
+        if n_good > MAX_ROWS_PER_SLOT * n_slots > 0:
+            raise ValueError(f"{n_good} rows share {n_slots} slots, more than {MAX_ROWS_PER_SLOT} a slot")
         for number in np.unique(self.shard[self.status == OK]).tolist():
             if number not in shard_rows:
                 raise ValueError(f"a row lies in shard {number}, which is not there or not finished")

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from transfercache.cli import handlers
+from transfercache.cli import cache_handlers, handlers
 from transfercache.errors import Terminated, TlcError
 from transfercache.text import one_line
 from transfercache.version import __version__
@@ -41,6 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 handlers.register(app)
+cache_handlers.register(app)
 
 
 def _print_version(is_asked: bool) -> None:
@@ -63,10 +64,12 @@ def run() -> NoReturn:
     """Run the command line of this process and leave with its exit code."""
     # A user adds --debug to the end of the command that failed, so it may stand anywhere.
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    if arguments in ([], ["cache"]):  # a group of commands alone shows what it has
+        arguments.append("--help")
     _set_up_streams()
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = _exit_code(arguments or ["--help"], is_debug="--debug" in sys.argv[1:])
+        code = _exit_code(arguments, is_debug="--debug" in sys.argv[1:])
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # a shell's >&- leaves none
                 stream.flush()

@@ -1,0 +1,124 @@
+"""`tlc cache ...`: text -> one call of commands/cache.py -> printed result; asks before anything is removed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from transfercache.cli import options
+from transfercache.cli.output import finish
+from transfercache.errors import UsageError
+from transfercache.text import one_line
+
+if TYPE_CHECKING:
+    from transfercache.commands.cache import CacheResult
+
+_HELP = "Folders, or names under --cache-dir."
+Caches = Annotated[list[Path], typer.Argument(metavar="CACHE", help=_HELP)]
+AnyCaches = Annotated[list[Path] | None, typer.Argument(metavar="CACHE", help=_HELP, show_default="all of them")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+
+
+def list_caches(cache_dir: options.CacheDir = None, json: options.Json = False) -> int:
+    """List the caches under --cache-dir: what each holds, takes, and could do without."""
+    from transfercache.commands.cache import list_caches as command
+
+    return finish(command(cache_dir=cache_dir), as_json=json)
+
+
+def cache_info(
+    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="A folder, or a name under --cache-dir.")],
+    cache_dir: options.CacheDir = None,
+    json: options.Json = False,
+) -> int:
+    """Describe a cache: its spec, classes, shards and bytes, and the runs that made it."""
+    from transfercache.commands.cache import cache_info as command
+
+    return finish(command(cache, cache_dir=cache_dir), as_json=json)
+
+
+def verify_cache(caches: AnyCaches = None, cache_dir: options.CacheDir = None, json: options.Json = False) -> int:
+    """Prove every byte of every file; each problem is a line on stderr, and the exit code is then 4."""
+    from transfercache.commands.cache import verify_cache as command
+
+    return finish(command(caches, cache_dir=cache_dir), as_json=json)
+
+
+def prune_caches(
+    caches: AnyCaches = None,
+    cache_dir: options.CacheDir = None,
+    older_than: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DAYS",
+            min=0.0,
+            help="Remove whole caches that nothing has changed for so long.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: options.Json = False,
+) -> int:
+    """Free what no image needs: leftovers of crashes, features of images and views that the data no longer has.
+
+    What an interrupted extract-features has computed is kept until the same command has ended. A cache that is being
+    written is passed over. The used rows of a shard are copied before the old shard goes, which takes their space
+    for that while.
+    """
+    from transfercache.commands.cache import prune_caches as command
+
+    free = functools.partial(command, caches, cache_dir=cache_dir, older_than=older_than)
+    return _free(free, dry_run=dry_run, yes=yes, as_json=json)
+
+
+def remove_caches(
+    caches: Caches,
+    cache_dir: options.CacheDir = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: options.Json = False,
+) -> int:
+    """Remove caches, torn ones too. Files that are not tlc's stay, and their folder with them."""
+    from transfercache.commands.cache import remove_caches as command
+
+    return _free(functools.partial(command, caches, cache_dir=cache_dir), dry_run=dry_run, yes=yes, as_json=json)
+
+
+def _free(free: Callable[..., CacheResult[Any]], *, dry_run: bool, yes: bool, as_json: bool) -> int:
+    result = free(dry_run=True)
+    if not dry_run:
+        if result.question and not yes:
+            _ask(result.question)
+        result = free(dry_run=False)
+    return finish(result, as_json=as_json)
+
+
+def _ask(question: str) -> None:
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody is there to answer: look with --dry-run, then pass --yes")
+    # typer's own prompt ends on stdout, which is for the result alone.
+    print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group `cache` to `app`."""
+    group = typer.Typer(help="List, describe, verify, prune and remove caches.")
+    commands: dict[str, Callable[..., int]] = {
+        "list": list_caches,
+        "info": cache_info,
+        "verify": verify_cache,
+        "prune": prune_caches,
+        "remove": remove_caches,
+    }
+    for name, handler in commands.items():
+        group.command(name)(handler)
+    app.add_typer(group, name="cache")
