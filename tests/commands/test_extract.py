@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,16 +11,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import transfercache
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import Store
+from transfercache.commands import extract as extract_module
 from transfercache.commands.extract import Extraction, extract_features
-from transfercache.errors import CacheError, DataError, LockedError
+from transfercache.commands.inputs import known_files
+from transfercache.commands.train import train_head
+from transfercache.environment import describe_environment
+from transfercache.errors import CacheError, DataError, LockedError, UsageError
+from transfercache.files import sha256_file
+from transfercache.images import manifest as manifest_module
 from transfercache.images.decode import load_image
-from transfercache.images.transforms import eval_pixels
+from transfercache.images.transforms import eval_pixels, view_pixels
 
 
 def test_extract_features__equal_the_backbone_row_by_row(extraction: Extraction, pets: Path) -> None:
@@ -186,3 +196,148 @@ def test_errors__are_those_of_the_tree(tmp_path: Path, extraction: Extraction) -
     assert issubclass(LockedError, transfercache.TlcError)
     with pytest.raises(transfercache.TlcError, match="unknown split 'vla'"):
         extraction.arrays("vla")
+
+
+SMALL = {"backbone": "mobilenet_v3_small", "weights": "random"}
+
+
+def test_verify_content__reads_files_that_look_unchanged(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pets, tmp_path / "pets"))
+    for path in folder.glob("*/*"):
+        os.utime(path, ns=(10**18, 10**18))  # old enough for its time to vouch for it
+    extract_features(folder, **SMALL)
+    read: list[Path] = []
+    monkeypatch.setattr(manifest_module, "sha256_file", lambda path: read.append(path) or sha256_file(path))
+    assert extract_features(folder, **SMALL).reused == 16
+    assert read == []
+    verified = extract_features(folder, **SMALL, verify_content=True)
+    assert (verified.computed, verified.reused, len(read)) == (0, 16, 16)
+
+
+def test_changed_content_behind_an_unchanged_look__is_found_by_verify_content(
+    pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(pets, tmp_path / "pets"))
+    for path in folder.glob("*/*"):
+        os.utime(path, ns=(10**18, 10**18))
+    before = extract_features(folder, **SMALL).table()
+    changed = folder / "cat/3.png"
+    Image.fromarray(np.full((8, 9, 3), 5, np.uint8)).save(changed)
+    # A file system (or a restored backup) that shows nothing of the change: the record is made to say what it shows.
+    status = changed.stat()
+    known = {"cat/3.png": (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)}
+
+    def as_if_unchanged(folder: Path | None) -> dict[str, Any]:
+        rows = known_files(folder)
+        return {path: (*known.get(path, record[:4]), record[4]) for path, record in rows.items()}
+
+    os.utime(changed, ns=(10**18, 10**18))
+    status = changed.stat()
+    known["cat/3.png"] = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    monkeypatch.setattr(extract_module, "known_files", as_if_unchanged)
+    assert extract_features(folder, **SMALL).computed == 0
+    found = extract_features(folder, **SMALL, verify_content=True)
+    assert (found.computed, found.reused) == (1, 15)
+    differs = (found.table().features != before.features).any(axis=1)
+    assert np.flatnonzero(differs).tolist() == [3]
+
+
+def test_parts__are_gathered_bit_for_bit(pets: Path, tmp_path: Path) -> None:
+    whole = extract_features(pets, weights="random", batch_size=4, cache_dir=tmp_path / "whole")
+    words = {"weights": "random", "batch_size": 4, "cache_dir": tmp_path / "parts"}
+    parts = [extract_features(pets, part=f"{i}/3", **words) for i in (3, 1, 2)]
+    assert [part.rows for part in parts] == [8, 4, 4]  # whole batches
+    assert [part.cache.name.split("-resnet18")[0] for part in parts] == [f"pets-part{i}of3" for i in (3, 1, 2)]
+    assert parts[0].next_command == (
+        "tlc", "extract-features", str(pets), "--weights", "random", "--cache-dir", str(tmp_path / "parts"),
+    )  # fmt: skip
+    gathered = extract_features(pets, **words)
+    assert (gathered.rows, gathered.computed, gathered.reused) == (16, 0, 16)
+    assert gathered.table().paths == whole.table().paths
+    assert gathered.table().features.tobytes() == whole.table().features.tobytes()
+    np.testing.assert_array_equal(gathered.table().split, whole.table().split)
+    # The cost of the parts came with their rows.
+    record = gathered.record
+    assert (record["images"], record["is_complete"], record["is_from_this_run"]) == (16, True, False)
+    assert record["seconds"] == pytest.approx(sum(part.record["seconds"] for part in parts))
+
+
+@pytest.mark.parametrize("part", ["0/4", "5/4", "4", "1/0", "a/b", "1/4/2", "1 / 4"])
+def test_part__words_that_are_off(pets: Path, part: str) -> None:
+    with pytest.raises(UsageError, match=f"--part {part!r} must be I/N, for example 1/4"):
+        extract_features(pets, **SMALL, part=part)
+
+
+def test_part__what_cannot_be_sliced(pets: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="16 images are 4 batches of 4, too few for 5 parts; ask for 4 at most"):
+        extract_features(pets, **SMALL, part="1/5", batch_size=4)
+    (tmp_path / "fixes.csv").write_text("path,label\ncat/0.png,dog\n")
+    with pytest.raises(UsageError, match="--labels: a part has no labels of its own"):
+        extract_features(pets, **SMALL, part="1/2", labels=tmp_path / "fixes.csv")
+
+
+def test_views__stay_until_others_are_asked_for(pets: Path, tmp_path: Path) -> None:
+    first = extract_features(pets, **SMALL, views=2)
+    assert (first.views, first.computed) == (2, 32)
+    again = extract_features(pets, **SMALL)
+    assert (again.views, again.computed, again.reused) == (2, 0, 32)
+    shutil.copytree(pets, tmp_path / "pets")
+    Image.fromarray(np.full((8, 9, 3), 77, np.uint8)).save(tmp_path / "pets/cat/new.png")
+    assert extract_features(tmp_path / "pets", **SMALL, views=4).computed == 2 * 16 + 4
+    assert extract_features(pets, **SMALL, views=1).views == 1
+    with pytest.raises(UsageError, match="--views 256 must lie between 1 and 255"):
+        extract_features(pets, **SMALL, views=256)
+
+
+def test_views__of_the_network_are_what_the_network_sees(pets: Path) -> None:
+    table = extract_features(pets, weights="random", views=3).table()
+    backbone = load_backbone("resnet18", weights="random")
+    engine = EagerEngine(backbone, torch.device("cpu"))
+    for i in (0, 1, 2, 30, 31, 32):
+        path = table.paths[i]
+        digest = hashlib.sha256((pets / path).read_bytes()).digest()
+        pixels = view_pixels(
+            load_image(pets / path, path), backbone.preprocessing, digest=digest, view=int(table.view[i])
+        )
+        np.testing.assert_allclose(table.features[i], engine.embed(pixels[None])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_storage_dtype__is_another_cache_that_train_head_finds(pets: Path, tmp_path: Path) -> None:
+    half = extract_features(pets, **SMALL, storage_dtype="float16")
+    assert half.open().spec.storage_dtype == "float16"
+    assert train_head(pets, **SMALL, C=1.0, out=tmp_path / "a").cache == half.cache
+    full = extract_features(pets, **SMALL)
+    assert (full.cache == half.cache, full.computed) == (False, 16)
+    assert train_head(pets, **SMALL, C=1.0, out=tmp_path / "b").cache == full.cache
+    with pytest.raises(UsageError, match="--storage-dtype 'int8' is none of auto, float32, float16"):
+        extract_features(pets, **SMALL, storage_dtype="int8")  # type: ignore[arg-type]
+
+
+def test_other_versions__are_checked_and_told(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words: dict[str, Any] = {"weights": "random"}
+    extract_features(pets, **words)
+    environment = describe_environment()
+    newer = {**environment, "versions": {**environment["versions"], "pillow": "99.0"}}
+    monkeypatch.setattr(extract_module, "describe_environment", lambda: newer)
+    checked = extract_features(pets, **words)
+    assert (checked.checked, checked.computed, checked.reused) == (8, 0, 16)
+    assert "8 of other versions found equal" in str(checked.render())
+    assert extract_features(pets, **words).checked == 0
+
+
+def test_cache_on_a_read_only_disk__is_used(pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = extract_features(pets, **SMALL)
+    before = {path: path.stat().st_mtime_ns for path in made.cache.iterdir()}
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    # As root no permission binds, so every way to write is closed.
+    for name in ("replace", "rename", "unlink", "mkdir", "pwrite", "fchmod", "posix_fallocate"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr("transfercache.cache.store.locked", refuse)
+    again = extract_features(pets, **SMALL)
+    assert (again.computed, again.reused) == (0, 16)
+    assert {path: path.stat().st_mtime_ns for path in made.cache.iterdir()} == before

@@ -11,6 +11,7 @@ import pytest
 from transfercache.commands.extract import Extraction, extract_features
 from transfercache.commands.train import labelled_table, train_head
 from transfercache.errors import DataError, UsageError
+from transfercache.heads.fit import fit_head
 from transfercache.models.head_file import load_model
 
 
@@ -53,6 +54,43 @@ def test_train_head__is_repeatable(extraction: Extraction, tmp_path: Path) -> No
     for name in "ab":
         train_head(extraction, out=tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_views__all_train_and_view_0_or_their_mean_is_reported(pets: Path, tmp_path: Path) -> None:
+    extraction = extract_features(pets, weights="random", views=3, cache_dir=tmp_path / "cache")
+    result = train_head(extraction, C=1.0, out=tmp_path / "head")
+    averaged = train_head(extraction, C=1.0, out=tmp_path / "other", tta=True)
+    assert (result.n_train, result.views, result.tta, averaged.tta) == (12, 3, False, True)
+    assert (tmp_path / "head").read_bytes() != (tmp_path / "other").read_bytes()  # their figures are kept beside them
+    head = load_model(tmp_path / "head").head
+    np.testing.assert_array_equal(head.weight, load_model(tmp_path / "other").head.weight)
+    table = extraction.table()
+    train = table.subset((table.split == 1) & (table.labels >= 0))
+    assert len(train) == 36
+    np.testing.assert_array_equal(head.weight, fit_head(train, C=1.0).weight)
+    val = table.subset(table.split == 2)
+    probabilities = head.probabilities(val.features).reshape(4, 3, 2)
+    for reported, expected in ((result.reported, probabilities[:, 0]), (averaged.reported, probabilities.mean(axis=1))):
+        assert reported is not None
+        assert reported.n == 4
+        of_labels = expected[np.arange(4), val.labels[::3]]
+        assert reported.log_loss == pytest.approx(-np.log(of_labels).mean())
+        assert [item.n_train for item in reported.per_class] == [6, 6]
+
+
+def test_knn__takes_each_image_once(pets: Path, tmp_path: Path) -> None:
+    words = {"weights": "random", "cache_dir": tmp_path / "cache"}
+    one = train_head(extract_features(pets, **words), solver="knn")
+    three = train_head(extract_features(pets, **words, views=3), solver="knn")
+    assert (three.views, three.n_train) == (1, 12)
+    assert one.reported is not None
+    assert three.reported is not None
+    assert three.reported.to_json() == one.reported.to_json()
+
+
+def test_tta__of_one_view__is_refused(extraction: Extraction) -> None:
+    with pytest.raises(UsageError, match=r"--tta: .* has one view an image; run its extract-features with --views"):
+        train_head(extraction, tta=True)
 
 
 def test_knn__evaluates_and_leaves_no_head(extraction: Extraction, tmp_path: Path) -> None:

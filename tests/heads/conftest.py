@@ -21,17 +21,19 @@ def spec() -> ExtractSpec:
 
 @pytest.fixture(scope="session")
 def make_table(spec: ExtractSpec) -> MakeTable:
-    """Rows that are each a component of their own, unless `group` says otherwise."""
+    """Rows that are each a component of their own, unless `group` says otherwise; `views` repeats them as views."""
 
-    def make(features, labels, *, class_names: Sequence[str] = ("ant", "bee", "cat"), group=None) -> FeatureTable:
+    def make(
+        features, labels, *, class_names: Sequence[str] = ("ant", "bee", "cat"), group=None, views: int = 1
+    ) -> FeatureTable:
         n_rows = len(labels)
         return FeatureTable(
             features=np.ascontiguousarray(features, dtype=np.float32),
             labels=np.asarray(labels, dtype=np.int64),
             split=np.ones(n_rows, np.uint8),
-            view=np.zeros(n_rows, np.uint8),
-            group=np.arange(n_rows) if group is None else np.asarray(group, dtype=np.int64),
-            row=np.arange(n_rows),
+            view=np.tile(np.arange(views, dtype=np.uint8), n_rows // views),
+            group=np.arange(n_rows) // views if group is None else np.asarray(group, dtype=np.int64),
+            row=np.arange(n_rows) // views,
             class_names=tuple(class_names),
             spec=spec,
             paths=tuple(f"{i:04}.jpg" for i in range(n_rows)),

@@ -205,3 +205,24 @@ def test_pick_solver__logistic_imports_no_torch_and_linear_no_sklearn():
 
 def test_pick_solver__every_name_is_found():
     assert len({pick_solver(name) for name in SOLVERS}) == len(SOLVERS)
+
+
+def test_fit_head__equal_views_change_nothing(make_table, overlapping):
+    features, labels = overlapping
+    one = fit_head(make_table(features, labels), solver="logistic", seed=2)
+    table = make_table(np.repeat(features, 3, axis=0), np.repeat(labels, 3), views=3)
+    three = fit_head(table, solver="logistic", seed=2)
+    # The same C from the same folds and losses: a view weighs its share of the image.
+    assert (three.chosen["C"], three.n_train) == (one.chosen["C"], one.n_train)
+    np.testing.assert_allclose(three.chosen["mean_log_loss"], one.chosen["mean_log_loss"], rtol=1e-4)
+    np.testing.assert_allclose(three.weight, one.weight, atol=2e-4)
+
+
+@every_way
+def test_fit_head__held_out_views_are_neither_trained_on_nor_scored(make_table, overlapping, way):
+    features, labels = overlapping
+    # View 1 of each image names its class outright: a fold that trained on another view of a held-out image, or scored
+    # view 1, would see a loss near nothing.
+    both = np.stack([features, features + 50 * np.eye(8)[labels]], axis=1).reshape(600, 8)
+    head = fit_head(make_table(both, np.repeat(labels, 2), views=2), **way)
+    assert min(head.chosen["mean_log_loss"]) > 0.5
