@@ -18,9 +18,10 @@ from transfercache import config
 from transfercache.backbones.devices import device_name, pick_device
 from transfercache.backbones.registry import RANDOM, load_backbone
 from transfercache.cache.store import find
-from transfercache.commands.extract import EmbedOptions, Extraction, extract_manifest
+from transfercache.commands.extract import Extraction, extract_manifest
 from transfercache.commands.inputs import (
     BadImage,
+    EmbedOptions,
     bad_images,
     cache_root,
     changed_words,

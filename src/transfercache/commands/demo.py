@@ -11,8 +11,7 @@ from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.compare import Comparison, compare
-from transfercache.commands.extract import EmbedOptions
-from transfercache.commands.inputs import cache_root
+from transfercache.commands.inputs import EmbedOptions, cache_root
 from transfercache.comparison.pace import measure_pace
 from transfercache.comparison.schedule import OnEstimate
 from transfercache.comparison.strategy import Work

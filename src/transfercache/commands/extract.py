@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from transfercache.cache.store import Store, find, find_or_create
 from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import (
     BadImage,
+    EmbedOptions,
     bad_images,
     cache_root,
     changed_words,
@@ -37,7 +37,7 @@ from transfercache.environment import describe_environment
 from transfercache.errors import DataError, UsageError
 from transfercache.extract.loop import Embedder
 from transfercache.extract.run import ExtractionRun, Outcome
-from transfercache.images.manifest import Manifest
+from transfercache.images.manifest import Manifest, take_part
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec
 from transfercache.splits import count_straddling
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 logger = logging.getLogger(__name__)
-
-# What a part's name keeps of the data's, so that the part's number stays within a folder's name.
-_PART_NAME = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,36 +148,6 @@ class Extraction:
         return Text(
             f"{self.cache}\n{self.rows} images{views}, {self.dim} features each: {self.computed} computed, "
             f"{self.reused} reused{checked} in {self.seconds['total']:.1f} s{pace} ({self.engine}, {self.device})"
-        )
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How images are embedded, as `extract_features` and `compare` take it."""
-
-    compute: config.Compute = config.COMPUTE
-    storage_dtype: config.StorageDtype = config.STORAGE_DTYPE
-    views: int | None = None
-    device: config.Device = config.DEVICE
-    batch_size: int = config.EXTRACT_BATCH_SIZE
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.views is not None and not 1 <= self.views <= config.MAX_VIEWS:
-            raise UsageError(f"--views {self.views} must lie between 1 and {config.MAX_VIEWS}")
-        if self.storage_dtype not in get_args(config.StorageDtype):
-            known = ", ".join(get_args(config.StorageDtype))
-            raise UsageError(f"--storage-dtype {self.storage_dtype!r} is none of {known}")
-
-    def spec(self, backbone: Backbone) -> ExtractSpec:
-        """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
-        return ExtractSpec(
-            backbone=backbone.name,
-            weights_digest=backbone.weights_digest,
-            boundary=backbone.boundary,
-            preprocessing=backbone.preprocessing,
-            compute="fp32" if self.compute == "auto" else self.compute,
-            storage_dtype="float32" if self.storage_dtype == "auto" else self.storage_dtype,
         )
 
 
@@ -307,27 +274,6 @@ def extract_manifest(
         device=device_name(target),
         next_command=("tlc", "train-head", str(store.folder)),
     )
-
-
-def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
-    """Return the I-th of N slices of a manifest, for "I/N": neighbouring rows, in whole batches.
-
-    Whole batches, so that a row is embedded in the place that it has without slices, where no file is unreadable or
-    has the bytes of another. Raises UsageError for other words, DataError where a slice would be empty.
-    """
-    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
-    if match is None or int(match[1]) > int(match[2]):
-        raise UsageError(f"--part {part!r} must be I/N, for example 1/4, with I from 1 to N")
-    number, n_parts = int(match[1]), int(match[2])
-    n_batches = -(-manifest.n_rows // batch_size)
-    if n_parts > n_batches:
-        raise DataError(
-            f"{manifest.root}: {manifest.n_rows} images are {n_batches} batches of {batch_size}, "
-            f"too few for {n_parts} parts; ask for {n_batches} at most, or a smaller --batch-size"
-        )
-    start, stop = (k * n_batches // n_parts * batch_size for k in (number - 1, number))
-    rows = np.arange(start, min(stop, manifest.n_rows))
-    return replace(manifest.subset(rows), name=f"{manifest.name[:_PART_NAME]}-part{number}of{n_parts}")
 
 
 def _n_views(store: Store) -> int:

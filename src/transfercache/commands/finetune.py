@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transfercache import config
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
-from transfercache.commands.extract import EmbedOptions
-from transfercache.commands.inputs import BadImage, finish_manifest, log_bad
+from transfercache.commands.inputs import BadImage, EmbedOptions, finish_manifest, log_bad
 from transfercache.errors import UsageError
 from transfercache.files import check_writable
 from transfercache.finetuning.groups import ParameterGroup

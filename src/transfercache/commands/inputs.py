@@ -7,13 +7,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from transfercache import config
 from transfercache.cache.store import Store
+from transfercache.errors import UsageError
 from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
+from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from transfercache.backbones.registry import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +33,36 @@ class BadImage:
     def to_json(self) -> dict[str, Any]:
         """Return the object under `bad` of the command line's JSON."""
         return {"path": self.path, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How images are embedded, as `extract_features` and `compare` take it."""
+
+    compute: config.Compute = config.COMPUTE
+    storage_dtype: config.StorageDtype = config.STORAGE_DTYPE
+    views: int | None = None
+    device: config.Device = config.DEVICE
+    batch_size: int = config.EXTRACT_BATCH_SIZE
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.views is not None and not 1 <= self.views <= config.MAX_VIEWS:
+            raise UsageError(f"--views {self.views} must lie between 1 and {config.MAX_VIEWS}")
+        if self.storage_dtype not in get_args(config.StorageDtype):
+            known = ", ".join(get_args(config.StorageDtype))
+            raise UsageError(f"--storage-dtype {self.storage_dtype!r} is none of {known}")
+
+    def spec(self, backbone: Backbone) -> ExtractSpec:
+        """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
+        return ExtractSpec(
+            backbone=backbone.name,
+            weights_digest=backbone.weights_digest,
+            boundary=backbone.boundary,
+            preprocessing=backbone.preprocessing,
+            compute="fp32" if self.compute == "auto" else self.compute,
+            storage_dtype="float32" if self.storage_dtype == "auto" else self.storage_dtype,
+        )
 
 
 def cache_root(cache_dir: Path | str | None) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from transfercache.classes import check_classes
-from transfercache.errors import UsageError
+from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.splits import Split, complete_split, join_groups
 
@@ -27,6 +28,8 @@ _YOUNG_NS = 2_000_000_000
 #: In `mtime_ns` of a file that was young when it was hashed: no later scan finds it unchanged.
 _UNTRUSTED_MTIME = -1
 _ROWS_PER_TASK = 64
+# What a part's name keeps of the data's, so that the part's number stays within a folder's name.
+_PART_NAME = 60
 
 
 #: What an earlier scan recorded of one file: size, mtime_ns, ctime_ns, inode, and the SHA-256 of its bytes (32 bytes).
@@ -174,6 +177,27 @@ def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> M
         manifest.split, labels, manifest.component(), manifest.digests, val_fraction=val_fraction, seed=split_seed
     )
     return replace(manifest, split=split)
+
+
+def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
+    """Return the I-th of N slices of a manifest, for "I/N": neighbouring rows, in whole batches.
+
+    Whole batches, so that a row is embedded in the place that it has without slices, where no file is unreadable or
+    has the bytes of another. Raises UsageError for other words, DataError where a slice would be empty.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
+    if match is None or int(match[1]) > int(match[2]):
+        raise UsageError(f"--part {part!r} must be I/N, for example 1/4, with I from 1 to N")
+    number, n_parts = int(match[1]), int(match[2])
+    n_batches = -(-manifest.n_rows // batch_size)
+    if n_parts > n_batches:
+        raise DataError(
+            f"{manifest.root}: {manifest.n_rows} images are {n_batches} batches of {batch_size}, "
+            f"too few for {n_parts} parts; ask for {n_batches} at most, or a smaller --batch-size"
+        )
+    start, stop = (k * n_batches // n_parts * batch_size for k in (number - 1, number))
+    rows = np.arange(start, min(stop, manifest.n_rows))
+    return replace(manifest.subset(rows), name=f"{manifest.name[:_PART_NAME]}-part{number}of{n_parts}")
 
 
 def check_trainable(manifest: Manifest) -> list[str]:
