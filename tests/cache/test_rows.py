@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,57 @@ def test_rows__empty(make_extraction: Any) -> None:
     assert len(Rows.from_bytes(Rows(**arrays).to_bytes())) == 0
 
 
-def test_row__counts_images_not_views(make_extraction: Any) -> None:
-    rows = make_extraction(n_images=5).rows(view=np.array([0, 1, 0, 0, 3], np.uint8))
+def in_views(rows: Rows, entries: dict[int, list[int]], **changes: Any) -> Rows:
+    """Entries of the images named, each in the views listed and so in slots of its own; some columns changed."""
+    index = [image for image, views in entries.items() for _ in views]
+    values = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    taken = {name: tuple(v[i] for i in index) if isinstance(v, tuple) else v[index] for name, v in values.items()}
+    taken["view"] = np.array([view for views in entries.values() for view in views], np.uint8)
+    taken["slot"] = np.arange(len(index))
+    return Rows(**{**taken, **changes})
+
+
+def test_row__counts_images_not_views(extraction: Any) -> None:
+    rows = in_views(extraction.rows(), {0: [0, 1], 1: [0], 2: [0, 3]})
     assert rows.row.tolist() == [0, 0, 1, 2, 2]
 
 
-def test_known_files__first_views_with_a_digest(make_extraction: Any) -> None:
-    extraction = make_extraction(n_images=4)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"path": ("a", "b", "c")},
+        {"size": np.array([1, 2, 3])},
+        {"mtime_ns": np.array([1, 2, 3])},
+        {"ctime_ns": np.array([1, 2, 3])},
+        {"inode": np.array([1, 2, 3])},
+        {"digest": np.eye(3, 32, dtype=np.uint8)},
+        {"label": np.array([0, 1, 0])},
+        {"split": np.array([1, 2, 1], np.uint8)},
+        {"group": np.array([5, 6, 7])},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_rows__views_of_one_row_differ_in_nothing_else(extraction: Any, changes: dict[str, Any]) -> None:
+    # Another split or label for one view would carry an image from training into what is reported.
+    rows = extraction.rows()
+    assert len(in_views(rows, {0: [0, 1], 1: [0]})) == 3
+    with pytest.raises(ValueError, match=rf"^{next(iter(changes))} of row 1 is not that of its view 0$"):
+        in_views(rows, {0: [0, 1], 1: [0]}, **changes)
+
+
+def test_rows__a_bad_row_has_view_0_alone(extraction: Any) -> None:
+    bad = {"status": np.array([0, 1], np.uint8), "reason": ("", "torn"), "shard": np.array([0, -1], np.int32)}
+    with pytest.raises(ValueError, match="view of row 1 is out of range"):
+        in_views(extraction.rows(), {0: [0, 1]}, slot=np.array([0, -1]), **bad)
+    bad = {"status": np.array([1, 0], np.uint8), "reason": ("torn", ""), "shard": np.array([-1, 0], np.int32)}
+    with pytest.raises(ValueError, match="status of row 1 is not that of its view 0"):
+        in_views(extraction.rows(), {0: [0, 1]}, slot=np.array([-1, 0]), **bad)
+
+
+def test_known_files__first_views_with_a_digest(extraction: Any) -> None:
     digests = extraction.digests.copy()
     digests[3] = 0
-    rows = extraction.rows(view=np.array([0, 1, 0, 0], np.uint8), digest=digests)
+    rows = in_views(extraction.rows(digest=digests), {0: [0, 1], 2: [0], 3: [0]})
     assert rows.known_files() == {
         "train/é0.jpg": (1000, 10, 20, 30, digests[0].tobytes()),
         "train/é2.jpg": (1002, 12, 22, 32, digests[2].tobytes()),
@@ -53,6 +95,8 @@ def test_known_files__first_views_with_a_digest(make_extraction: Any) -> None:
         ({"reason": ("",)}, "1 reasons for 10 rows"),
         ({"view": np.array([1] + [0] * 9, np.uint8)}, "view of row 0 is out of range"),
         ({"view": np.array([0, 2, 1] + [0] * 7, np.uint8)}, "view of row 2 is out of range"),
+        ({"path": ("a\0b", *"bcdefghij")}, "path of row 0 is out of range"),
+        ({"size": np.array([0, -1] + [0] * 8)}, "size of row 1"),
         ({"label": np.array([0, -2] + [0] * 8)}, "label of row 1"),
         ({"split": np.array([0, 0, 4] + [0] * 7, np.uint8)}, "split of row 2"),
         ({"group": np.array([-1] * 10)}, "group of row 0"),

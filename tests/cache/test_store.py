@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from transfercache.cache import store as store_module
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
+from transfercache.cache.rows import Rows
 from transfercache.cache.store import find, find_or_create
 from transfercache.errors import CacheError, LockedError, ResourceError
 from transfercache.files import sha256_file
@@ -228,19 +229,24 @@ def test_publish__nothing_new_changes_nothing(finished: Path, extraction: Any) -
     assert after == before
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"slot": np.array([1, 0, *range(2, 10)])},  # two images' features exchanged
-        {"view": np.array([0, 1, *[0] * 8], np.uint8)},
-    ],
-)
+def _with_exchanged_features(extraction: Any) -> Rows:
+    return extraction.rows(slot=np.array([1, 0, *range(2, 10)]))  # type: ignore[no-any-return]
+
+
+def _with_a_view_that_no_slot_holds(extraction: Any) -> Rows:
+    index, rows = np.array([0, 0, *range(2, 10)]), extraction.rows()
+    columns = {field.name: getattr(rows, field.name) for field in fields(rows)}
+    taken = {name: tuple(v[i] for i in index) if isinstance(v, tuple) else v[index] for name, v in columns.items()}
+    return Rows(**{**taken, "view": np.array([0, 1, *[0] * 8], np.uint8), "slot": np.arange(10)})
+
+
+@pytest.mark.parametrize("make_rows", [_with_exchanged_features, _with_a_view_that_no_slot_holds])
 def test_publish__rows_that_the_shards_do_not_hold(
-    finished: Path, extraction: Any, make_run: Any, changes: dict[str, Any]
+    finished: Path, extraction: Any, make_run: Any, make_rows: Callable[[Any], Rows]
 ) -> None:
     store = store_module.Store(finished)
     with store.writing(), pytest.raises(ValueError, match=r"not the one that shard-00000\.h5 holds in its slot"):
-        store.publish(extraction.rows(**changes), class_names=("ant", "bee"), run=make_run())
+        store.publish(make_rows(extraction), class_names=("ant", "bee"), run=make_run())
 
 
 def test_publish__rows_never_written_or_not_finished(tmp_path: Path, make_extraction: Any, make_run: Any) -> None:
@@ -271,3 +277,10 @@ def test_writing__removes_leftovers_and_nothing_else(finished: Path, extraction:
     assert names >= set(foreign)
     assert (finished / "shard-00000.h5").stat().st_mode & 0o777 == 0o444
     np.testing.assert_array_equal(open_cache(finished).table().features, extraction.features)
+
+
+def test_record__keeps_the_latest_runs(finished: Path, make_run: Any) -> None:
+    store = store_module.Store(finished)
+    with store.writing():
+        store.record(*(make_run(computed=i) for i in range(1200)))
+    assert [run.computed for run in read_catalogue(finished).provenance] == list(range(200, 1200))

@@ -179,9 +179,22 @@ def test_storage_dtype__a_value_that_overflows_names_the_image(
     outcome = extractor.run(Loud())
     assert len(outcome.bad) == 3  # one a batch
     assert set(outcome.bad.values()) == {
-        "its embedding reaches 65520, more than float16 holds; use --storage-dtype float32"
+        "its embedding reaches 6.552e+04, beyond what float16 holds; use --storage-dtype float32"
     }
     assert outcome.computed == 7
     assert np.isfinite(open_cache(extractor.folder).table().features).all()
     extractor.storage_dtype = "float32"
     assert extractor.run(Loud()).bad == {}
+
+
+def test_storage_dtype__a_row_that_vanishes_names_the_image(extractor: Any, make_engine: Any) -> None:
+    class Faint(make_engine):  # type: ignore[misc]
+        def embed(self, pixels: np.ndarray) -> np.ndarray:
+            return np.full_like(super().embed(pixels), 1e-9)
+
+    extractor.storage_dtype = "float16"
+    outcome = extractor.run(Faint())
+    assert set(outcome.bad.values()) == {
+        "its embedding reaches 1e-09, beyond what float16 holds; use --storage-dtype float32"
+    }
+    assert len(outcome.bad) == 10

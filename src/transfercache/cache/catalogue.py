@@ -24,14 +24,16 @@ FILE_NAME = "catalogue.json"
 _FORMAT = "transfercache"
 SCHEMA_VERSION = 1
 N_CANARIES = 4
+#: Every dataset starts on a cache line, so that none is unaligned for its dtype.
+ALIGNMENT_BYTES = 64
 
 #: Numpy's dtype for each storage dtype that a shard may have.
 STORAGE_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
 
 # 100,000 class names or 10,000 shards fit; what is larger is no catalogue of ours.
 _MAX_BYTES = 16 << 20
-# A thousand records of a kilobyte each leave room for the rest.
-_MAX_RUNS = 1000
+#: A thousand records of a kilobyte each leave room for the rest.
+MAX_RUNS = 1000
 
 _SHARD_FILE = re.compile(r"shard-(\d{5})\.h5")
 _ROWS_FILE = re.compile(r"rows-([0-9a-f]{8})\.safetensors")
@@ -73,6 +75,8 @@ class ShardEntry:
         if [extent.length for extent in extents] != [self.n_rows * size for size in row_bytes]:
             raise ValueError(f"{self.file}: a dataset's length is not that of {self.n_rows} x {self.dim} {self.dtype}")
         ordered = sorted(extents, key=lambda extent: extent.offset)
+        if any(extent.offset % ALIGNMENT_BYTES for extent in extents):
+            raise ValueError(f"{self.file}: a dataset does not start at a multiple of {ALIGNMENT_BYTES} bytes")
         if ordered[0].offset < 0 or any(a.offset + a.length > b.offset for a, b in pairwise(ordered)):
             raise ValueError(f"{self.file}: datasets overlap")
         if bool(_SHA256.fullmatch(self.digest)) != self.finished:
@@ -130,6 +134,12 @@ class Catalogue:
     def __post_init__(self) -> None:
         if self.canaries.ndim != 2 or len(self.canaries) != N_CANARIES or self.canaries.dtype != np.float32:
             raise ValueError(f"canaries must be float32 [{N_CANARIES}, D], got {self.canaries.shape}")
+        if not self.data_root.startswith("/"):
+            raise ValueError(f"data_root {self.data_root!r} is not absolute")
+        for text in (self.data_root, self.data_name, *self.class_names):
+            text.encode("utf-8", "surrogateescape")  # raises ValueError for any other surrogate
+        if len(self.provenance) > MAX_RUNS:
+            raise ValueError(f"{len(self.provenance)} runs, more than {MAX_RUNS}")
         if self.spec.storage_dtype not in STORAGE_DTYPES:
             raise ValueError(f"storage_dtype {self.spec.storage_dtype!r} is none of {', '.join(STORAGE_DTYPES)}")
         if any(a.number >= b.number for a, b in pairwise(self.shards)):
@@ -156,7 +166,7 @@ class Catalogue:
             "canaries": [row.astype("<f4").tobytes().hex() for row in self.canaries],
             "shards": [asdict(shard) for shard in self.shards],
             "rows": None if self.rows is None else asdict(self.rows),
-            "provenance": [run.to_json() for run in self.provenance[-_MAX_RUNS:]],
+            "provenance": [run.to_json() for run in self.provenance],
         }
         covered = json.dumps(value, allow_nan=False, indent=1)[1:].lstrip().encode() + b"\n"
         data = b'{"checksum":"%s",\n' % sha256_bytes(covered).encode() + covered
@@ -212,6 +222,8 @@ def _verified(data: bytes) -> Any:
     if first_line is None:
         raise ValueError("does not begin as a catalogue does")
     covered = data[first_line.end() :]
+    if not covered.isascii():
+        raise ValueError("is not ASCII")
     if sha256_bytes(covered).encode() != first_line[1]:
         raise ValueError("fails its checksum")
     value = parse(b"{" + covered)

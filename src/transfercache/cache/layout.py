@@ -14,12 +14,10 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
+from transfercache.cache.catalogue import ALIGNMENT_BYTES, STORAGE_DTYPES, Extent, ShardEntry
 from transfercache.cache.plain_file import opened_plain, write_all
 from transfercache.files import resource_errors, sync_folder
 
-# Every object starts on a cache line, so that no dataset is unaligned for its dtype.
-_ALIGNMENT_BYTES = 64
 # More than HDF5's own metadata takes.
 _HEADER_BYTES = 1 << 16
 _COPY_BYTES = 1 << 20
@@ -80,7 +78,7 @@ def lay_out(path: Path, *, n_rows: int, dim: int, dtype: str) -> list[Extent]:
     properties.set_obj_track_times(False)
     # HDF5's own locks fail on some shared disks; the cache folder has a lock, and this name is ours alone.
     extents = []
-    with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=_ALIGNMENT_BYTES) as file:
+    with h5py.File(path, "w", locking=False, alignment_threshold=1, alignment_interval=ALIGNMENT_BYTES) as file:
         for name, (kind, shape) in shapes.items():
             space, type_id = h5py.h5s.create_simple(shape), h5py.h5t.py_create(kind)
             dataset = h5py.h5d.create(file.id, name.encode(), type_id, space, dcpl=properties)

@@ -71,7 +71,9 @@ class Rows:
         named = np.array([bool(reason) for reason in self.reason], dtype=bool)
         before = np.concatenate([np.array([255], np.uint8), self.view])[:-1]
         in_range = {
-            "view": (self.view == 0) | (self.view > before),
+            "path": np.array(["\0" not in path for path in self.path], dtype=bool),
+            "view": (self.view == 0) | ((self.view > before) & good),
+            "size": self.size >= 0,
             "label": self.label >= -1,
             "split": self.split <= max(Split),
             "group": self.group >= 0,
@@ -83,6 +85,21 @@ class Rows:
         for name, is_right in in_range.items():
             if not is_right.all():
                 raise ValueError(f"{name} of row {int(np.argmin(is_right))} is out of range")
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Raise ValueError where the views of one row differ in more than the view and its place."""
+        further = np.flatnonzero(self.view)
+        first = np.flatnonzero(self.view == 0)[self.row[further]]
+        for name in sorted({"path", *_ARRAYS} - {"view", "shard", "slot"}):
+            values = getattr(self, name)
+            if name == "path":
+                pairs = zip(further.tolist(), first.tolist(), strict=True)
+                is_equal = np.array([values[i] == values[j] for i, j in pairs], dtype=bool)
+            else:
+                is_equal = (values[further] == values[first]).all(axis=tuple(range(1, values.ndim)))
+            if not is_equal.all():
+                raise ValueError(f"{name} of row {further[np.argmin(is_equal)]} is not that of its view 0")
 
     def __len__(self) -> int:
         return len(self.path)

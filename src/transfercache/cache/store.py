@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.catalogue import FILE_NAME, Catalogue, RowsEntry, ShardEntry, read_catalogue
+from transfercache.cache.catalogue import FILE_NAME, MAX_RUNS, Catalogue, RowsEntry, ShardEntry, read_catalogue
 from transfercache.cache.layout import create_shard
 from transfercache.cache.plain_file import opened_plain
 from transfercache.cache.provenance import Run
@@ -223,7 +223,7 @@ class Store:
     def record(self, *runs: Run) -> None:
         """Add runs to the provenance: one that ended before it could publish too has kept rows, and has a cost."""
         self._check_writing()
-        self._replace(provenance=(*self.catalogue.provenance, *runs))
+        self._replace(provenance=(*self.catalogue.provenance, *runs)[-MAX_RUNS:])
 
     def has_published(self, rows: Rows, *, class_names: tuple[str, ...], has_given_split: bool) -> bool:
         """Whether the cache has just these rows."""
@@ -253,7 +253,7 @@ class Store:
             rows=published,
             class_names=class_names,
             has_given_split=has_given_split,
-            provenance=(*before.provenance, *(() if run is None else (run,))),
+            provenance=(*before.provenance, *(() if run is None else (run,)))[-MAX_RUNS:],
         )
         if before.rows is not None and before.rows.file != published.file:
             (self.folder / before.rows.file).unlink(missing_ok=True)

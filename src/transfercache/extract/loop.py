@@ -85,7 +85,9 @@ class Embedder:
         with self.watch.stage("forward"):
             features = engine.embed(batch.pixels)[batch.positions]  # float32 [B, D]
         dtype = self.spec.storage_dtype
-        fits = np.isfinite(as_stored(features, dtype)).all(axis=1)  # bool [B]
+        stored = as_stored(features, dtype)
+        # float16 also loses a row whose every value is too small for it.
+        fits = np.isfinite(stored).all(axis=1) & (stored.any(axis=1) | ~features.any(axis=1))  # bool [B]
         bad = {batch.views[i].row: _why_it_does_not_fit(features[i], dtype) for i in np.flatnonzero(~fits)}
         views = [view for view, is_finite in zip(batch.views, fits, strict=True) if is_finite]
         return EmbeddedBatch(views, features[fits], {**batch.bad, **bad})
@@ -141,7 +143,7 @@ def fill_shard(
 def _why_it_does_not_fit(features: npt.NDArray[np.float32], dtype: str) -> str:
     if not np.isfinite(features).all():
         return _NOT_FINITE
-    return f"its embedding reaches {np.abs(features).max():.6g}, more than {dtype} holds; use --storage-dtype float32"
+    return f"its embedding reaches {np.abs(features).max():.4g}, beyond what {dtype} holds; use --storage-dtype float32"
 
 
 @dataclass(frozen=True, eq=False)
