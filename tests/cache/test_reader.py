@@ -120,18 +120,25 @@ def test_table__tampered_shard(finished: Path, tamper: Callable[[Path, int], Non
     }
     for offset, message in cases.items():
         tamper(shard, offset)
-        with pytest.raises(CacheError, match=rf"shard-00000\.h5: {message}; remove the folder and make it anew"):
+        with pytest.raises(
+            CacheError, match=rf"shard-00000\.h5: {message}; mend it with: tlc extract-features DATA --ver"
+        ):
             open_cache(finished).table()
         shard.write_bytes(original)
     tamper(shard, entry.features.offset + 2 * 24)
     assert open_cache(finished).table("train").row.tolist() == [0, 1, 3, 4, 6, 7, 9]  # row 2 is not asked for
 
 
-@pytest.mark.parametrize("pattern", ["catalogue.json", "rows-*"])
-def test_open_cache__tampered_file(finished: Path, tamper: Callable[[Path, int], None], pattern: str) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "next_step"),
+    [("catalogue.json", "remove the folder and make it anew"), ("rows-*", "mend it with: tlc extract-features DATA")],
+)
+def test_open_cache__tampered_file(
+    finished: Path, tamper: Callable[[Path, int], None], pattern: str, next_step: str
+) -> None:
     (path,) = finished.glob(pattern)
     tamper(path, path.stat().st_size - 3)
-    with pytest.raises(CacheError, match=f"{path.name}: fails its checksum; remove the folder"):
+    with pytest.raises(CacheError, match=f"{path.name}: fails its checksum; {next_step}"):
         open_cache(finished)
 
 
@@ -161,7 +168,7 @@ def test_open_cache__rows_that_lie(finished: Path, extraction: Any, rewrite_cata
         rewrite_catalogue(finished, lambda c: c.update(rows={"file": file, "sha256": sha256}))
 
     publish(extraction.rows(slot=np.arange(10) + 1).to_bytes())
-    with pytest.raises(CacheError, match="a row lies beyond the 10 rows of shard 0; remove the folder"):
+    with pytest.raises(CacheError, match="a row lies beyond the 10 rows of shard 0; mend it with"):
         open_cache(finished)
     publish(extraction.rows(label=np.full(10, 2)).to_bytes())
     with pytest.raises(CacheError, match="label 2 with 2 class names"):

@@ -176,7 +176,7 @@ def test_take__torn_row_is_not_served(shard: tuple[Path, ShardEntry], extraction
         assert np.flatnonzero(~writer.valid()).tolist() == [3]
     reader = ShardReader(path, entry)
     np.testing.assert_array_equal(reader.take(np.array([2, 4])), extraction.features[[2, 4]])
-    with pytest.raises(CacheError, match=r"shard-00000\.h5: row 3 fails its checksum; remove the folder"):
+    with pytest.raises(CacheError, match=r"shard-00000\.h5: row 3 fails its checksum; mend it with: tlc"):
         reader.take(np.arange(10))
 
 

@@ -336,7 +336,7 @@ def test_prune__a_row_that_fails_its_checksum__changes_nothing(
     (entry,) = read_catalogue(folder).shards
     tamper(folder / entry.file, entry.features.offset + 6 * 24)
     before = sorted(path.name for path in folder.iterdir())
-    with pytest.raises(CacheError, match=rf"{entry.file}: row 6 fails its checksum; remove the folder"):
+    with pytest.raises(CacheError, match=rf"{entry.file}: row 6 fails its checksum; mend it with: tlc"):
         prune(folder, dry_run=False)
     assert sorted(path.name for path in folder.iterdir()) == before
     assert read_catalogue(folder).shards == (entry,)
@@ -351,7 +351,7 @@ def test_prune__rows_that_lie_are_not_made_true(tmp_path: Path, make_extraction:
     digest = subprocess.run(["sha256sum", str(published)], capture_output=True, text=True, check=True).stdout[:64]
     published.rename(folder / f"rows-{digest[:8]}.safetensors")
     rewrite_catalogue(folder, lambda c: c["rows"].update(file=f"rows-{digest[:8]}.safetensors", sha256=digest))
-    with pytest.raises(CacheError, match=r"shard-00000\.h5: does not hold the features of its rows; remove the folder"):
+    with pytest.raises(CacheError, match=r"shard-00000\.h5: does not hold the features of its rows; mend it with: tlc"):
         prune(folder, dry_run=False)
     assert [path.name for path in folder.glob("shard-*")] == ["shard-00000.h5"]
 

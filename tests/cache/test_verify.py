@@ -20,6 +20,7 @@ from transfercache.files import sha256_bytes
 
 Rewrite = Callable[[Path, Callable[[dict[str, Any]], Any]], None]
 AGAIN = "; remove the folder and make it anew with: tlc extract-features DATA"
+MEND = "; mend it with: tlc extract-features DATA --verify-content"
 N_FLIPS = 40
 
 
@@ -76,7 +77,7 @@ def test_verify__a_flipped_bit(finished: Path, part: str) -> None:
         problems = _problems(finished)
         assert problems
         assert problems[0].startswith(f"{path.name}: "), bit
-        assert all(problem.endswith(AGAIN) for problem in problems)
+        assert all(problem.endswith((AGAIN, MEND)) for problem in problems)
     path.write_bytes(original)
     assert _problems(finished) == []
 
@@ -86,8 +87,8 @@ def test_verify__names_the_row_beside_the_file(finished: Path, tamper: Callable[
     for row in (7, 5):
         tamper(finished / entry.file, entry.features.offset + row * 24)
     assert _problems(finished) == [
-        f"shard-00000.h5: fails its checksum{AGAIN}",
-        f"shard-00000.h5: row 5 and 1 more fails its checksum{AGAIN}",
+        f"shard-00000.h5: fails its checksum{MEND}",
+        f"shard-00000.h5: row 5 and 1 more fails its checksum{MEND}",
     ]
 
 
@@ -97,11 +98,11 @@ def test_verify__goes_on_after_the_first(finished: Path, tamper: Callable[[Path,
         tamper(finished / name, offset)
     (finished / ".lock").write_bytes(b"x")
     assert _problems(finished) == [
-        f"{rows.name}: fails its checksum{AGAIN}",
+        f"{rows.name}: fails its checksum{MEND}",
         f"CACHEDIR.TAG: holds what tlc did not write there{AGAIN}",
         f".gitignore: holds what tlc did not write there{AGAIN}",
         f".lock: holds what tlc did not write there{AGAIN}",
-        f"shard-00000.h5: fails its checksum{AGAIN}",
+        f"shard-00000.h5: fails its checksum{MEND}",
     ]
 
 
@@ -124,8 +125,8 @@ def test_verify__a_shard_that_is_no_shard(finished: Path, tmp_path: Path, kind: 
         _problems(finished)
         == {
             "missing": [f"shard-00000.h5: cannot be opened (No such file or directory){AGAIN}"],
-            "short": [f"shard-00000.h5: fails its checksum{AGAIN}"],
-            "longer": [f"shard-00000.h5: fails its checksum{AGAIN}"],
+            "short": [f"shard-00000.h5: fails its checksum{MEND}"],
+            "longer": [f"shard-00000.h5: fails its checksum{MEND}"],
             "link": [f"shard-00000.h5: is a link{AGAIN}"],
             "fifo": [f"shard-00000.h5: not a regular file{AGAIN}"],
             "folder": [f"shard-00000.h5: not a regular file{AGAIN}"],
@@ -149,7 +150,7 @@ def test_verify__rows_that_lie(finished: Path, extraction: Any, rewrite_catalogu
     (finished / file).write_bytes(data)
     rewrite_catalogue(finished, lambda c: c.update(rows={"file": file, "sha256": sha256}))
     assert _problems(finished) == [
-        f"shard-00000.h5: does not hold the features of train/é0.jpg and 1 more{AGAIN}",
+        f"shard-00000.h5: does not hold the features of train/é0.jpg and 1 more{MEND}",
     ]
 
 
@@ -162,7 +163,7 @@ def test_verify__a_row_in_a_slot_that_has_none(
     file = f"rows-{sha256[:8]}.safetensors"
     (folder / file).write_bytes(data)
     rewrite_catalogue(folder, lambda c: c.update(rows={"file": file, "sha256": sha256}))
-    assert _problems(folder) == [f"shard-00000.h5: does not hold the features of train/é3.jpg{AGAIN}"]
+    assert _problems(folder) == [f"shard-00000.h5: does not hold the features of train/é3.jpg{MEND}"]
 
 
 def test_verify__an_interrupted_extraction_is_no_problem(

@@ -403,7 +403,7 @@ def test_flipped_bit_in_a_shard(tlc: Run, cache: Path) -> None:
     shard.chmod(0o644)
     shard.write_bytes(data)
     line = _refused(tlc, "train-head", cache, code=4)
-    assert line.startswith(f"tlc: {shard}: row 0 fails its checksum; remove the folder and make it anew with: ")
+    assert line.startswith(f"tlc: {shard}: row 0 fails its checksum; mend it with: tlc extract-features ")
 
 
 def test_cache_of_another_spec__given_to_predict(tlc: Run, made: Path, tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ def test_verify__names_all_that_is_wrong_in_all(tlc: Run, cache: Path) -> None:
             [
                 f"tlc: {other}/shard-00000.h5: cannot be opened (No such file or directory); {again}",
                 f"tlc: {cache}/.gitignore: holds what tlc did not write there; {again}",
-                f"tlc: 2 problems in 2 of 2 caches; remove such a one with tlc cache remove {other}, and make it anew "
-                "with tlc extract-features",
+                "tlc: 2 problems in 2 of 2 caches; mend such a one as its lines say, or remove it with tlc cache "
+                f"remove {other}, and make it anew with tlc extract-features",
             ]
         )
 

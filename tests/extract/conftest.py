@@ -57,6 +57,7 @@ class Extractor:
     folder: Path | None = None
     before_decoding: Callable[[], None] = lambda: None
     n_views: int = 1
+    prove: bool = False
     storage_dtype: str = "float32"
     versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.9", "pillow": "12.0"})
 
@@ -73,7 +74,7 @@ class Extractor:
             canaries=np.zeros((4, DIM), np.float32),
         )
         self.folder = store.folder
-        rows = store.rows()
+        rows = None if self.prove else store.rows()
         known = {} if rows is None else rows.known_files()
         manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
         manifest = split_rows(manifest, val_fraction=0.25, split_seed=0)
@@ -98,7 +99,7 @@ class Extractor:
                 versions=dict(self.versions),
             )
 
-        return ExtractionRun(store, embedder, self.n_views, BATCH_SIZE, makers, describe_run).run()
+        return ExtractionRun(store, embedder, self.n_views, BATCH_SIZE, self.prove, makers, describe_run).run()
 
     def features(self) -> dict[str, np.ndarray]:
         """Path -> what the cache serves."""

@@ -12,6 +12,8 @@ from PIL import Image
 
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
+from transfercache.cache.verify import verify_folder
+from transfercache.errors import CacheError
 
 Draw = Callable[[Path, int], None]
 
@@ -257,3 +259,91 @@ def test_flipped_bit_in_an_unfinished_shard__is_computed_again(extractor: Any, m
 
 def _bytes(extractor: Any) -> dict[str, bytes]:
     return {path: features.tobytes() for path, features in extractor.features().items()}
+
+
+def _damage(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def test_prove__damaged_rows_alone_are_computed_again(extractor: Any) -> None:
+    extractor.run()
+    before = _bytes(extractor)
+    (entry,) = Store(extractor.folder).catalogue.shards
+    for slot in (2, 7):
+        _damage(extractor.folder / entry.file, entry.features.offset + slot * 24)
+    assert extractor.run().computed == 0  # what looks unchanged is proved when it is read
+    with pytest.raises(CacheError, match="row 2 fails its checksum; mend it with: tlc extract-features DATA --verify-"):
+        _bytes(extractor)
+    extractor.prove = True
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused, extractor.engine.batches) == (2, 8, [2])
+    extractor.prove = False
+    assert extractor.run().computed == 0
+    after = _bytes(extractor)
+    # Columns 3 and 4 of the made engine tell the place in the batch, which is another one now.
+    assert [path for path in before if after[path] != before[path]] == ["cat/2.png", "dog/7.png"]
+    assert all(after[path][:12] == before[path][:12] for path in before)
+    assert verify_folder(extractor.folder).problems == ()
+    assert [entry.number for entry in Store(extractor.folder).catalogue.shards] == [1, 2]
+
+
+def _truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:1000])
+
+
+def _replace_by_link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere.h5")
+    path.symlink_to(path.parent.parent / "elsewhere.h5")
+
+
+@pytest.mark.parametrize(
+    ("damage", "n_computed"),
+    [
+        (lambda path: _damage(path, 20), 0),  # HDF5's header: every row is as it was
+        (lambda path: path.write_bytes(b""), 10),
+        (_truncate, 10),
+        (Path.unlink, 10),
+        (_replace_by_link, 10),
+    ],
+    ids=["header", "empty", "truncated", "gone", "link"],
+)
+def test_prove__a_damaged_shard_is_replaced(extractor: Any, damage: Callable[[Path], object], n_computed: int) -> None:
+    extractor.run()
+    before = _bytes(extractor)
+    shard = extractor.folder / "shard-00000.h5"
+    shard.chmod(0o644)
+    damage(shard)
+    assert verify_folder(extractor.folder).problems
+    extractor.prove = True
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (n_computed, 10 - n_computed)
+    assert verify_folder(extractor.folder).problems == ()
+    assert _bytes(extractor) == before
+    assert not shard.exists()
+    before_again = sorted(path.name for path in extractor.folder.iterdir())
+    assert extractor.run().reused == 10
+    assert sorted(path.name for path in extractor.folder.iterdir()) == before_again
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_rows_file_that_is_damaged__is_written_again(extractor: Any, damage: str) -> None:
+    extractor.run()
+    before = _bytes(extractor)
+    (rows,) = extractor.folder.glob("rows-*")
+    content = rows.read_bytes()
+    if damage == "gone":
+        rows.unlink()
+    else:
+        _damage(rows, 300)
+    with pytest.raises(CacheError, match=r"rows-[0-9a-f]{8}\.safetensors: .*"):
+        open_cache(extractor.folder)
+    extractor.prove = True
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 10)
+    assert rows.read_bytes() == content
+    assert _bytes(extractor) == before

@@ -17,6 +17,8 @@ from transfercache.errors import CacheError, ResourceError
 
 #: The next step that ends every message about a cache that cannot be trusted.
 REMAKE = "remove the folder and make it anew with: tlc extract-features DATA"
+#: The same where the catalogue is sound: what is damaged is then computed, or written, again.
+MEND = "mend it with: tlc extract-features DATA --verify-content"
 
 #: What tlc writes is digests in the main, and they do not compress: where fewer of a file's bytes than one in so many
 #: are on the disk, the rest is holes that would be read as zeros, into memory.

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, read_catalogue
-from transfercache.cache.plain_file import REMAKE, read_plain
+from transfercache.cache.plain_file import MEND, read_plain
 from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, MAX_BYTES, OK, Rows
 from transfercache.cache.shard import ShardReader
@@ -52,12 +52,12 @@ def read_rows(folder: Path, catalogue: Catalogue) -> Rows:
     path = folder / catalogue.rows.file
     data = read_plain(path, max_bytes=MAX_BYTES)
     if sha256_bytes(data) != catalogue.rows.sha256:
-        raise CacheError(f"{path}: fails its checksum; {REMAKE}")
+        raise CacheError(f"{path}: fails its checksum; {MEND}")
     try:
         rows = Rows.from_bytes(data)
         rows.check_against(catalogue.class_names, {s.number: s.n_rows for s in catalogue.shards if s.finished})
     except ValueError as error:
-        raise CacheError(f"{path}: {error}; {REMAKE}") from error
+        raise CacheError(f"{path}: {error}; {MEND}") from error
     return rows
 
 
@@ -175,7 +175,7 @@ class Cache:
             differs = shard.differs(slots, rows.digest[index[at]], rows.view[index[at]])
             if differs.any():
                 path = rows.path[index[at[np.argmax(differs)]]]
-                raise CacheError(f"{shard.path}: does not hold the features of {path}; {REMAKE}")
+                raise CacheError(f"{shard.path}: does not hold the features of {path}; {MEND}")
             parts[number] = (at, shard.take(slots))
             if not shard.is_finite[slots].all():
                 path = rows.path[index[at[np.argmin(shard.is_finite[slots])]]]

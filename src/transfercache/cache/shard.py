@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
-from transfercache.cache.plain_file import MAX_HOLLOWNESS, REMAKE, check_stored, opened_plain, write_all
+from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, REMAKE, check_stored, opened_plain, write_all
 from transfercache.errors import CacheError
 from transfercache.files import resource_errors
 
@@ -117,7 +117,7 @@ class ShardReader:
             if not self._proved[block].all():
                 agrees = self._agrees(block, rows)
                 if not agrees.all():
-                    raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {REMAKE}")
+                    raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {MEND}")
                 self._proved[block] = True
                 self.is_finite[block] = _are_finite(rows)
         return taken

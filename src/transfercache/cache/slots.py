@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import ShardEntry
-from transfercache.cache.plain_file import REMAKE
+from transfercache.cache.plain_file import MEND
 from transfercache.cache.shard import BoolArray, ShardReader
 from transfercache.errors import CacheError
+
+logger = logging.getLogger(__name__)
 
 #: A row's identity under one spec: 32 bytes of content digest, then the view's byte.
 RowKey = bytes
@@ -60,18 +63,21 @@ class Slots:
             reader, slots = self.readers[number], self.slot[index[at]]
             features[at] = reader.take(slots)
             if not reader.is_finite[slots].all():
-                raise CacheError(f"{reader.path}: a row is not finite; {REMAKE}")
+                raise CacheError(f"{reader.path}: a row is not finite; {MEND}")
         return features
 
 
-def read_slots(folder: Path, shards: Sequence[ShardEntry]) -> Slots:
+def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: bool = False) -> Slots:
     """Read the plans of all shards, and scan the checksums of the unfinished ones.
 
-    Rows of a finished shard were proved when it was finished, and are again when they are first read.
+    Rows of a finished shard were proved when it was finished, and are again when they are first read; with `prove` they
+    are now: a row that fails, and all of a shard that cannot be read, count as not computed.
     """
+    shards = [entry for entry in shards if not prove or _can_be_read(folder / entry.file, entry)]
     readers = [ShardReader(folder / entry.file, entry) for entry in shards]
     n_rows = [entry.n_rows for entry in shards]
-    valid = [r.written() if entry.finished else r.valid() for entry, r in zip(shards, readers, strict=True)]
+    is_trusted = [entry.finished and not prove for entry in shards]
+    valid = [r.written() if trusted else r.valid() for trusted, r in zip(is_trusted, readers, strict=True)]
     return Slots(
         digest=np.concatenate([np.empty((0, 32), np.uint8), *(reader.digests for reader in readers)]),
         view=np.concatenate([np.empty(0, np.uint8), *(reader.views for reader in readers)]),
@@ -80,3 +86,12 @@ def read_slots(folder: Path, shards: Sequence[ShardEntry]) -> Slots:
         valid=np.concatenate([np.empty(0, bool), *valid]),
         readers={entry.number: reader for entry, reader in zip(shards, readers, strict=True)},
     )
+
+
+def _can_be_read(path: Path, entry: ShardEntry) -> bool:
+    try:
+        ShardReader(path, entry)
+    except CacheError as error:
+        logger.warning("its rows are made again: %s", error)
+        return False
+    return True

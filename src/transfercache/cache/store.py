@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from transfercache.cache.catalogue import FILE_NAME, MAX_RUNS, Catalogue, RowsEntry, ShardEntry, read_catalogue
 from transfercache.cache.layout import create_shard
-from transfercache.cache.plain_file import opened_plain
+from transfercache.cache.plain_file import opened_plain, read_plain
 from transfercache.cache.provenance import Run
 from transfercache.cache.reader import read_rows
-from transfercache.cache.rows import OK, Rows
+from transfercache.cache.rows import MAX_BYTES, OK, Rows
 from transfercache.cache.shard import BoolArray, ShardReader, ShardWriter
 from transfercache.cache.slots import Slots, read_slots
 from transfercache.errors import CacheError, ResourceError
@@ -156,9 +156,9 @@ class Store:
         """Return the catalogue's entry of one shard."""
         return next(entry for entry in self.catalogue.shards if entry.number == number)
 
-    def slots(self) -> Slots:
-        """Return every planned row; scans the checksums of unfinished shards."""
-        return read_slots(self.folder, self.catalogue.shards)
+    def slots(self, *, prove: bool = False) -> Slots:
+        """Return every planned row; scans the checksums of unfinished shards, with `prove` of all."""
+        return read_slots(self.folder, self.catalogue.shards, prove=prove)
 
     def begin_shard(self, digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8], *, batch_size: int) -> int:
         """Lay out a shard for these rows (digests [n, 32], views [n], n > 0), record it, and return its number.
@@ -226,13 +226,14 @@ class Store:
         self._replace(provenance=(*self.catalogue.provenance, *runs)[-MAX_RUNS:])
 
     def has_published(self, rows: Rows, *, class_names: tuple[str, ...], has_given_split: bool) -> bool:
-        """Whether the cache has just these rows."""
-        now = self.catalogue
-        return (now.class_names, now.has_given_split, now.rows) == (
-            class_names,
-            has_given_split,
-            _rows_entry(rows.to_bytes()),
-        )
+        """Whether the cache has just these rows, and their file is whole."""
+        now, entry = self.catalogue, _rows_entry(rows.to_bytes())
+        if (now.class_names, now.has_given_split, now.rows) != (class_names, has_given_split, entry):
+            return False
+        try:
+            return sha256_bytes(read_plain(self.folder / entry.file, max_bytes=MAX_BYTES)) == entry.sha256
+        except CacheError:
+            return False
 
     def publish(
         self, rows: Rows, *, class_names: tuple[str, ...], run: Run | None, has_given_split: bool = False
@@ -258,6 +259,17 @@ class Store:
         if before.rows is not None and before.rows.file != published.file:
             (self.folder / before.rows.file).unlink(missing_ok=True)
         return True
+
+    def damaged(self) -> list[ShardEntry]:
+        """Return the finished shards that are not what was finished; hashes each of them."""
+        return [entry for entry in self.catalogue.shards if entry.finished and not self._is_whole(entry)]
+
+    def _is_whole(self, entry: ShardEntry) -> bool:
+        try:
+            with opened_plain(self.folder / entry.file):
+                return sha256_file(self.folder / entry.file) == entry.digest
+        except CacheError:
+            return False
 
     def drop_shards(self, numbers: Collection[int]) -> None:
         """Remove these shards and their files; raises ValueError where a published row lies in one of them."""
@@ -297,8 +309,10 @@ class Store:
                 if REPLACEABLE.fullmatch(path.name) and path.name not in in_force and not path.is_dir():
                     path.unlink()
             for entry in shards.values():
-                if entry.finished:
-                    _protect(self.folder / entry.file)
+                path = self.folder / entry.file
+                # What is no file of ours is refused when it is read, and replaced when the cache is mended.
+                if entry.finished and path.is_file() and not path.is_symlink():
+                    _protect(path)
 
 
 def _rows_entry(data: bytes) -> RowsEntry:

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from transfercache.cache.catalogue import FILE_NAME, ShardEntry
 from transfercache.cache.contents import Contents, begins, has_tag, measure_files, read_contents
 from transfercache.cache.layout import lay_out
-from transfercache.cache.plain_file import REMAKE
+from transfercache.cache.plain_file import MEND
 from transfercache.cache.rows import Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.store import LOCK, Store, is_begun
@@ -69,6 +69,15 @@ def prune(folder: Path, *, dry_run: bool) -> Freed:
             finally:
                 store.drop_shards({entry.number for entry in read_contents(folder).idle})
     return Freed(folder, before.size_of(before.leftovers) + idle + sum(gain for _, gain in moves))
+
+
+def replace_shards(store: Store, shards: Sequence[ShardEntry]) -> None:
+    """Copy the rows in use of these shards, bit for bit, into new ones, and drop them; `store` must be writing."""
+    rows = store.rows()
+    used = [entry for entry in shards if rows is not None and (rows.shard == entry.number).any()]
+    grids = sorted({entry.batch_size for entry in used})
+    _move(store, [[entry for entry in used if entry.batch_size == batch_size] for batch_size in grids])
+    store.drop_shards({entry.number for entry in shards})
 
 
 def remove(folder: Path, *, dry_run: bool) -> Freed:
@@ -154,7 +163,7 @@ def _copied(store: Store, rows: Rows, shards: list[ShardEntry]) -> Rows:
         for entry in shards:
             old, own = ShardReader(store.folder / entry.file, entry), np.flatnonzero(places[:, 0] == entry.number)
             if old.differs(places[own, 1], digests[own], views[own]).any():
-                raise CacheError(f"{old.path}: does not hold the features of its rows; {REMAKE}")
+                raise CacheError(f"{old.path}: does not hold the features of its rows; {MEND}")
             for start in range(0, len(own), _BLOCK_ROWS):
                 block = own[start : start + _BLOCK_ROWS]
                 writer.write(block, old.take(places[block, 1]))

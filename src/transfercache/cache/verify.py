@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.contents import Contents, read_contents
-from transfercache.cache.plain_file import REMAKE, opened_plain, read_plain
+from transfercache.cache.plain_file import MEND, REMAKE, opened_plain, read_plain
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.store import LABELS, LOCK, is_begun
 from transfercache.errors import CacheError, ResourceError
@@ -118,14 +118,14 @@ def _prove_shard(contents: Contents, entry: ShardEntry, problems: list[str], bar
         digest = _sha256(path, bar)
     if not digest:  # what cannot be read must not be mapped either
         return 0, 0
-    if entry.finished and digest != entry.digest:
-        problems.append(f"{path}: fails its checksum; {REMAKE}")
     with _noted(problems, path):
         shard = ShardReader(path, entry)
         valid = shard.valid()
         torn = np.flatnonzero(shard.written() & ~valid)
+        if entry.finished and digest != entry.digest:
+            problems.append(f"{path}: fails its checksum; {MEND}")
         if entry.finished and len(torn):
-            problems.append(f"{path}: row {torn[0]}{_and_more(len(torn))} fails its checksum; {REMAKE}")
+            problems.append(f"{path}: row {torn[0]}{_and_more(len(torn))} fails its checksum; {MEND}")
         _check_rows(contents, entry, shard)
         return int(valid.sum()), 0 if entry.finished else len(torn)
     return 0, 0
@@ -141,7 +141,7 @@ def _check_rows(contents: Contents, entry: ShardEntry, shard: ShardReader) -> No
     wrong = at[~shard.written()[slots] | shard.differs(slots, rows.digest[at], rows.view[at])]
     if len(wrong):
         what = f"{rows.path[wrong[0]]}{_and_more(len(wrong))}"
-        raise CacheError(f"{shard.path}: does not hold the features of {what}; {REMAKE}")
+        raise CacheError(f"{shard.path}: does not hold the features of {what}; {MEND}")
 
 
 def _and_more(n: int) -> str:

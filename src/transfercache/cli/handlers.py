@@ -38,7 +38,9 @@ def extract_features(
     verify_content: Annotated[
         bool,
         typer.Option(
-            "--verify-content", help="Hash every file, also those that look unchanged.", rich_help_panel="Data"
+            "--verify-content",
+            help="Hash every file and prove every row, also those that look unchanged; what fails is made again.",
+            rich_help_panel="Data",
         ),
     ] = False,
     on_bad: options.OnBad = config.ON_BAD,

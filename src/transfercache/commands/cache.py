@@ -93,8 +93,8 @@ def verify_cache(
     if torn:
         n_problems = sum(len(item.problems) for item in found)
         raise CacheError(
-            f"{n_problems} problems in {len(torn)} of {len(found)} caches; remove such a one with tlc cache remove "
-            f"{torn[0]}, and make it anew with tlc extract-features"
+            f"{n_problems} problems in {len(torn)} of {len(found)} caches; mend such a one as its lines say, or remove "
+            f"it with tlc cache remove {torn[0]}, and make it anew with tlc extract-features"
         )
     document = [_plain(item) for item in found]
     return CacheResult(

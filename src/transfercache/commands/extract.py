@@ -34,7 +34,7 @@ from transfercache.commands.inputs import (
     log_bad,
 )
 from transfercache.environment import describe_environment
-from transfercache.errors import DataError, UsageError
+from transfercache.errors import CacheError, DataError, UsageError
 from transfercache.extract.loop import Embedder
 from transfercache.extract.run import ExtractionRun, Outcome
 from transfercache.images.manifest import Manifest, take_part
@@ -176,8 +176,8 @@ def extract_features(
     on where it was. `views` are rows of each image (0 the eval transform, 1 its mirror image, then drawn
     augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices into a
     cache of its own, for the call without `part` to gather. `verify_content` hashes every file, also where size, times
-    and inode are as before. Unreadable images are listed in the result's `bad` and have no features; with
-    `on_bad="fail"` they are also logged, as the command line ends with 3.
+    and inode are as before, and proves every row: what fails is made again. Unreadable images are listed in the
+    result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends with 3.
 
     Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone), WeightsError, CacheError
     (also where other versions made the rows and this machine would make others), ResourceError (disk, device),
@@ -203,7 +203,14 @@ def extract_features(
         val_fraction=val_fraction,
         split_seed=split_seed,
     )
-    result = extract_manifest(manifest, loaded, cache_dir=root, options=options, hash_seconds=watch.seconds()["hash"])
+    result = extract_manifest(
+        manifest,
+        loaded,
+        cache_dir=root,
+        options=options,
+        hash_seconds=watch.seconds()["hash"],
+        prove=verify_content,
+    )
     log_bad(result.bad, result.rows, on_bad=on_bad)
     if result.straddling:
         logger.warning("%d groups or sets of equal images lie on both sides of the given split", result.straddling)
@@ -220,9 +227,18 @@ def extract_features(
 
 
 def extract_manifest(
-    manifest: Manifest, backbone: Backbone, *, cache_dir: Path, options: EmbedOptions, hash_seconds: float
+    manifest: Manifest,
+    backbone: Backbone,
+    *,
+    cache_dir: Path,
+    options: EmbedOptions,
+    hash_seconds: float,
+    prove: bool = False,
 ) -> Extraction:
-    """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache."""
+    """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache.
+
+    With `prove` the rows that the cache holds are proved, and what is damaged is made again.
+    """
     watch = Stopwatch({"hash": hash_seconds})
     target = pick_device(options.device)
     make_engine = functools.cache(lambda: EagerEngine(backbone, target))
@@ -244,12 +260,13 @@ def extract_manifest(
             **environment,
         )
 
-    n_views = options.views or _n_views(store)
+    n_views = options.views or _n_views(store, mend=prove)
     outcome = ExtractionRun(
         store=store,
         embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
         n_views=n_views,
         batch_size=options.batch_size,
+        prove=prove,
         makers=makers_of(EagerEngine.name, environment["versions"]),
         describe_run=describe_run,
     ).run()
@@ -276,9 +293,15 @@ def extract_manifest(
     )
 
 
-def _n_views(store: Store) -> int:
-    """Return how many views the cache's rows have, else the default."""
-    rows = store.rows()
+def _n_views(store: Store, *, mend: bool) -> int:
+    """Return how many views the cache's rows have, else the default; with `mend`, rows that are damaged have none."""
+    try:
+        rows = store.rows()
+    except CacheError as error:
+        if not mend:
+            raise
+        logger.warning("it is written again: %s", error)
+        return max(int(store.slots().view.max(initial=0)) + 1, config.VIEWS)
     return config.VIEWS if rows is None else max(int(rows.view.max(initial=0)) + 1, config.VIEWS)
 
 

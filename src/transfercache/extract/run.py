@@ -16,6 +16,7 @@ from transfercache.cache.rows import BAD, OK, Rows
 from transfercache.cache.shard import ShardWriter
 from transfercache.cache.slots import RowKey, Slots, row_keys
 from transfercache.cache.store import Store
+from transfercache.cache.upkeep import replace_shards
 from transfercache.errors import CacheError
 from transfercache.extract.loop import Embedder, PendingView, fill_shard
 from transfercache.extract.parity import check_parity
@@ -57,6 +58,7 @@ class ExtractionRun:
     embedder: Embedder
     n_views: int
     batch_size: int
+    prove: bool  # every row that the store holds; what is damaged is made again
     makers: Mapping[str, str]
     describe_run: Callable[[Outcome], Run]
     _n_copied: int = field(default=0, init=False)
@@ -72,9 +74,9 @@ class ExtractionRun:
 
     def _done_already(self) -> Outcome | None:
         store = self.store
-        slots = store.slots()
+        slots = self._slots()
         plan = self._plan(slots)
-        if plan.n_pending or self._unfinished():
+        if plan.n_pending or self._unfinished() or (self.prove and store.damaged()):
             return None
         rows = self._rows(slots, {})
         if not store.has_published(rows, **self._names()):
@@ -89,7 +91,7 @@ class ExtractionRun:
     def _run_locked(self) -> Outcome:
         store = self.store
         with store.writing():
-            before = store.slots()
+            before = self._slots()
             plan = self._plan(before)
             # Before anything is recorded: a record by these makers would vouch for all rows.
             self._check_parity(before, plan)
@@ -100,12 +102,17 @@ class ExtractionRun:
                 raise
             for shard in self._unfinished():
                 store.finish_shard(shard)
-            rows = self._rows(store.slots(), reasons)
+            rows = self._rows(self._slots(), reasons)
             outcome = self._outcome(plan, before, bad=_bad(rows))
             run = self.describe_run(outcome)
             if not store.publish(rows, run=run, **self._names()) and self._n_checked:
                 store.record(run)
+            if self.prove:
+                replace_shards(store, store.damaged())
         return outcome
+
+    def _slots(self) -> Slots:
+        return self.store.slots(prove=self.prove)
 
     def _names(self) -> _Names:
         manifest = self.embedder.manifest
@@ -128,7 +135,7 @@ class ExtractionRun:
         return plan_extraction(self.embedder.manifest, slots, unfinished=self._unfinished(), n_views=self.n_views)
 
     def _outcome(self, plan: Plan, before: Slots, *, bad: dict[int, str]) -> Outcome:
-        n_new = int(self.store.slots().valid.sum() - before.valid.sum())
+        n_new = int(self._slots().valid.sum() - before.valid.sum())
         return Outcome(n_new - self._n_copied, plan.n_held + self._n_copied, self._n_checked, bad)
 
     def _fill(self, plan: Plan) -> dict[int, str]:
