@@ -59,6 +59,7 @@ class Extractor:
     n_views: int = 1
     prove: bool = False
     storage_dtype: str = "float32"
+    preprocessing: Preprocessing = PREPROCESSING
     versions: dict[str, str] = field(default_factory=lambda: {"torch": "2.9", "pillow": "12.0"})
 
     def run(self, engine: PositionedEngine | None = None) -> Outcome:
@@ -70,7 +71,7 @@ class Extractor:
             self.cache_dir,
             data_name=manifest.name,
             data_root=manifest.root,
-            spec=replace(SPEC, storage_dtype=self.storage_dtype),
+            spec=replace(SPEC, storage_dtype=self.storage_dtype, preprocessing=self.preprocessing),
             canaries=np.zeros((4, DIM), np.float32),
         )
         self.folder = store.folder

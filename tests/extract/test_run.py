@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError
+from transfercache.spec import ExtractSpec
 
 Draw = Callable[[Path, int], None]
 
@@ -347,3 +350,55 @@ def test_rows_file_that_is_damaged__is_written_again(extractor: Any, damage: str
     assert (outcome.computed, outcome.reused) == (0, 10)
     assert rows.read_bytes() == content
     assert _bytes(extractor) == before
+
+
+def test_touched_file__is_hashed_and_not_computed(extractor: Any, photos: Path) -> None:
+    extractor.run()
+    before = _bytes(extractor)
+    os.utime(photos / "cat/0.png", ns=(10**18, 10**18))
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused, extractor.engine.batches) == (0, 10, [])
+    assert open_cache(extractor.folder).rows.mtime_ns[0] == 10**18  # its new time vouches for it from now on
+    assert _bytes(extractor) == before
+
+
+def test_edit_of_the_same_size_in_the_same_second__is_computed(extractor: Any, photos: Path) -> None:
+    changed = photos / "cat/0.png"
+    extractor.run()
+    status = changed.stat()
+    Image.fromarray(np.random.default_rng(500).integers(1, 256, (8, 8, 3), dtype=np.uint8)).save(changed)
+    assert changed.stat().st_size == status.st_size  # noise does not compress
+    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (1, 9)
+
+
+def test_renamed_files_and_moved_splits__compute_nothing(extractor: Any, tmp_path: Path, photos: Path) -> None:
+    data = tmp_path / "split"
+    for name, split in (("cat", "train"), ("dog", "val")):
+        shutil.copytree(photos / name, data / split / name)
+    given = type(extractor)(data, tmp_path / "given")
+    given.run()
+    before = given.features()
+    (data / "train/dog").mkdir()
+    (data / "val/dog/7.png").rename(data / "train/dog/renamed.png")
+    (data / "train/cat/1.png").rename(data / "train/dog/was a cat.png")
+    outcome = given.run()
+    assert (outcome.computed, outcome.reused, given.engine.batches) == (0, 10, [])
+    after = given.features()
+    assert after["train/dog/renamed.png"].tobytes() == before["val/dog/7.png"].tobytes()
+    assert after["train/dog/was a cat.png"].tobytes() == before["train/cat/1.png"].tobytes()
+    table = open_cache(given.folder).table()
+    told = dict(zip(table.paths, zip(table.split.tolist(), table.labels.tolist(), strict=True), strict=True))
+    assert told["train/dog/renamed.png"] == (1, 1)
+    assert told["train/dog/was a cat.png"] == (1, 1)
+
+
+def test_changed_transform_flag__is_another_cache(extractor: Any, spec: ExtractSpec) -> None:
+    extractor.run()
+    first = extractor.folder
+    extractor.preprocessing = replace(spec.preprocessing, antialias=False)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (10, 0)
+    assert extractor.folder != first
+    assert read_catalogue(extractor.folder).spec.preprocessing.antialias is False
