@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +14,10 @@ import pytest
 from transfercache.cache.reader import open_cache
 from transfercache.errors import CacheError
 
-# Every way in which the cache room, and files.py below it, change what is on the disk.
-CALLS = ("mkdir", "replace", "rename", "unlink", "fsync", "fdatasync", "pwrite", "posix_fallocate", "fchmod")
-KILLED = 9
+from ..killing import run_and_kill
 
 # Forking with threads about is safe here: the child runs no code but ours, and ends by _exit.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-def _run_and_kill(work: Callable[[], object], *, before_call: int, is_torn: bool) -> bool:
-    """Run `work` in a fork that ends before its call number `before_call`, or in the middle of it if that is a torn
-    write; return whether it was ended."""
-    pid = os.fork()
-    if pid != 0:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (0, KILLED)
-        return code == KILLED
-    try:
-        _count_calls(before_call, is_torn=is_torn)
-        work()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def _count_calls(before_call: int, *, is_torn: bool) -> None:
-    numbers = itertools.count()
-
-    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            if next(numbers) == before_call:
-                if name == "pwrite" and is_torn:
-                    call(args[0], args[1][: len(args[1]) * 2 // 3], args[2])
-                os._exit(KILLED)
-            return call(*args, **options)
-
-        return run
-
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -80,7 +43,7 @@ def test_extraction__killed_before_every_change(tmp_path: Path, make_extraction:
     for before_call in itertools.count():
         cache_dir = tmp_path / str(before_call)
         work = functools.partial(extraction.run, cache_dir)
-        if not _run_and_kill(work, before_call=before_call, is_torn=is_torn):
+        if not run_and_kill(work, before_call=before_call, is_torn=is_torn):
             break
         for folder in cache_dir.iterdir() if cache_dir.exists() else ():
             served = _served(folder)
@@ -103,7 +66,7 @@ def test_publishing__killed_before_every_change(tmp_path: Path, make_extraction:
     for before_call in itertools.count():
         folder = extraction.run(tmp_path / str(before_call))
         work = functools.partial(relabelled.run, folder.parent)
-        was_killed = _run_and_kill(work, before_call=before_call, is_torn=False)
+        was_killed = run_and_kill(work, before_call=before_call, is_torn=False)
         table = open_cache(folder).table()
         np.testing.assert_array_equal(table.features, extraction.features)
         labels.append(table.labels.tolist())

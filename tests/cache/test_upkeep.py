@@ -29,13 +29,12 @@ from transfercache.cache.upkeep import Freed, days_since_change, prune, remove
 from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError, LockedError, ResourceError
 
+from ..killing import run_and_kill
+
 CLASS_NAMES = ("ant", "bee")
 ROW_BYTES = 6 * 4 + 41  # features; digest, view and checksum
 NAME = "insects-resnet18-pooled-0123abcd"
 
-# Every way in which the cache room changes what is on the disk.
-CALLS = ("mkdir", "rmdir", "replace", "rename", "unlink", "fsync", "fdatasync", "pwrite", "posix_fallocate", "fchmod")
-KILLED = 9
 
 # Forking with threads about is safe here: the child runs no code but ours, and ends by _exit.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -490,39 +489,6 @@ def test_remove__a_disk_that_is_read_only(finished: Path, monkeypatch: pytest.Mo
 # --- killed
 
 
-def _run_and_kill(work: Callable[[], object], *, before_call: int, is_torn: bool = False) -> bool:
-    """Run `work` in a fork that ends before its call number `before_call`, or in the middle of it if that is a torn
-    write; return whether it was ended."""
-    pid = os.fork()
-    if pid != 0:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        assert code in (0, KILLED)
-        return code == KILLED
-    try:
-        _count_calls(before_call, is_torn=is_torn)
-        work()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def _count_calls(before_call: int, *, is_torn: bool) -> None:
-    numbers = itertools.count()
-
-    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            if next(numbers) == before_call:
-                if name == "pwrite" and is_torn:
-                    call(args[0], args[1][: len(args[1]) * 2 // 3], args[2])
-                os._exit(KILLED)
-            return call(*args, **options)
-
-        return run
-
-    for name in CALLS:
-        setattr(os, name, counted(name, getattr(os, name)))
-
-
 def _is_served(folder: Path) -> bool:
     try:
         open_cache(folder)
@@ -547,7 +513,7 @@ def test_prune__killed_before_every_change(
     for before_call in itertools.count():
         folder = tmp_path / str(before_call) / made.name
         shutil.copytree(made, folder)
-        was_killed = _run_and_kill(
+        was_killed = run_and_kill(
             functools.partial(prune, folder, dry_run=False), before_call=before_call, is_torn=is_torn
         )
         assert verify_folder(folder).problems == ()
@@ -573,7 +539,7 @@ def test_remove__killed_before_every_change(tmp_path: Path, make_extraction: Any
     for before_call in itertools.count():
         folder = tmp_path / str(before_call) / made.name
         shutil.copytree(made, folder)
-        was_killed = _run_and_kill(functools.partial(remove, folder, dry_run=False), before_call=before_call)
+        was_killed = run_and_kill(functools.partial(remove, folder, dry_run=False), before_call=before_call)
         if not was_killed:
             assert not folder.exists()
             break

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from transfercache.cache.slots import Slots
+from transfercache.errors import DataError
 from transfercache.extract.loop import PendingView
 from transfercache.extract.plan import NEW_SHARD, plan_extraction, wanted_rows
 from transfercache.images.manifest import Manifest, hash_files
@@ -75,3 +77,11 @@ def test_plan__of_more_views__is_what_each_content_lacks(photos: Path) -> None:
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[[row for row, _ in views]])
     assert plan.new_views.tolist() == [view for _, view in views]
     assert (plan.n_pending, plan.n_held) == (28, 2)
+
+
+def test_wanted_rows__a_thousand_copies_of_each_and_no_more(photos: Path) -> None:
+    manifest = _manifest(photos).subset(np.repeat([0, 1], 1000))
+    assert len(wanted_rows(manifest, 2)) == 4
+    message = "2001 images are copies of 2 different ones, more than 1000 of each; remove some copies"
+    with pytest.raises(DataError, match=message):
+        wanted_rows(_manifest(photos).subset(np.repeat([0, 1], [1000, 1001])), 2)

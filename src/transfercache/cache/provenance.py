@@ -10,6 +10,9 @@ from typing import Any
 
 from transfercache.strict_json import each, take
 
+#: Of one run; no disk holds as many.
+MAX_ROWS = 10**12
+
 #: What may change an embedding without changing the spec: packages, and the engine beside them.
 _MAKERS = ("torch", "torchvision", "timm", "pillow")
 
@@ -48,8 +51,10 @@ class Run:
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.date)
-        if min(self.computed, self.reused, self.checked) < 0 or self.batch_size < 1:
-            raise ValueError("a run's counts must not be negative, its batch_size at least 1")
+        if not all(0 <= count <= MAX_ROWS for count in (self.computed, self.reused, self.checked)):
+            raise ValueError(f"a run's counts must lie between 0 and {MAX_ROWS}")
+        if self.batch_size < 1:
+            raise ValueError("a run's batch_size must be at least 1")
         numbers = list(self.seconds.values())
         if "total" not in self.seconds or not all(type(value) in (int, float) for value in numbers):
             raise ValueError("a run's seconds must be numbers, and have a total")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
 from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, REMAKE, check_stored, opened_plain, write_all
-from transfercache.errors import CacheError
+from transfercache.errors import CacheError, ResourceError
 from transfercache.files import resource_errors
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -66,7 +66,8 @@ def _keys(n_words: int) -> UInt64Array:
 class ShardReader:
     """A shard's four datasets as read-only arrays over a memory map, bounded by the catalogue's entry.
 
-    Raises CacheError where the file is shorter than the entry says, hollow, or anything but a regular file.
+    Raises CacheError where the file is shorter than the entry says, hollow, or anything but a regular file, and
+    ResourceError where it may not be opened or does not fit into the address space.
     """
 
     def __init__(self, path: Path, entry: ShardEntry) -> None:
@@ -78,7 +79,10 @@ class ShardReader:
                 raise CacheError(f"{path}: {size} bytes, but its rows end at {end}; {REMAKE}")
             # Its plan is written before all else, and the features of a finished one are too.
             check_stored(path, descriptor, max(entry.digests.length, end // MAX_HOLLOWNESS if entry.finished else 0))
-            whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
+            try:
+                whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
+            except OSError as error:  # where `ulimit -v` bounds the address space
+                raise ResourceError(f"{path}: cannot be mapped ({error.strerror}); allow more address space") from error
 
         def array(extent: Extent, dtype: str | np.dtype[Any]) -> npt.NDArray[Any]:
             kind = np.dtype(dtype)

@@ -22,6 +22,8 @@ from transfercache.errors import CacheError, ResourceError
 from transfercache.text import one_line
 
 _BLOCK_BYTES = 1 << 20
+# Far more than HDF5 writes behind the rows; a file that goes on is not what was finished.
+_METADATA_BYTES = 1 << 20
 # A label is a few lines; one that is larger is not read to be refused.
 _LABEL_BYTES = 1 << 16
 # What is done sooner needs no bar.
@@ -113,13 +115,10 @@ def _noted(problems: list[str], path: Path) -> Iterator[None]:
 def _prove_shard(contents: Contents, entry: ShardEntry, problems: list[str], bar: tqdm) -> tuple[int, int]:
     """Return how many rows of a shard are proved, and how many slots of an unfinished one are torn."""
     path = contents.folder / entry.file
-    digest = ""
     with _noted(problems, path):
-        digest = _sha256(path, bar)
-    if not digest:  # what cannot be read must not be mapped either
-        return 0, 0
-    with _noted(problems, path):
-        shard = ShardReader(path, entry)
+        shard = ShardReader(path, entry)  # first: a file of holes would take for ever to hash
+        # Then this: what a disk cannot read must not be read through the map.
+        digest = _sha256(path, bar, max_bytes=max(e.offset + e.length for e in entry.extents()) + _METADATA_BYTES)
         valid = shard.valid()
         torn = np.flatnonzero(shard.written() & ~valid)
         if entry.finished and digest != entry.digest:
@@ -148,10 +147,11 @@ def _and_more(n: int) -> str:
     return f" and {n - 1} more" if n > 1 else ""
 
 
-def _sha256(path: Path, bar: tqdm) -> str:
+def _sha256(path: Path, bar: tqdm, *, max_bytes: int) -> str:
+    """Return the SHA-256 of a file as 64 hex digits; of one that goes on after `max_bytes`, some other."""
     digest, offset = hashlib.sha256(), 0
     with opened_plain(path) as descriptor:
-        while block := os.pread(descriptor, _BLOCK_BYTES, offset):
+        while offset <= max_bytes and (block := os.pread(descriptor, _BLOCK_BYTES, offset)):
             digest.update(block)
             offset += len(block)
             bar.update(len(block))

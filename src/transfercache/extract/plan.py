@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.cache.rows import MAX_ROWS_PER_SLOT
 from transfercache.cache.slots import RowKey, Slots, row_keys
+from transfercache.errors import DataError
 from transfercache.extract.loop import PendingView
 from transfercache.images.manifest import Manifest
 
@@ -60,11 +62,19 @@ def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[
 
 
 def wanted_rows(manifest: Manifest, n_views: int) -> dict[RowKey, tuple[int, int]]:
-    """Return {key: (the first readable row of that content, view)}, in the order of the rows and then of the views."""
+    """Return {key: (the first readable row of that content, view)}, in the order of the rows and then of the views.
+
+    Raises DataError where the images are so many copies of so few that no cache may hold their rows.
+    """
     readable = np.flatnonzero(manifest.is_readable())
     views = np.tile(np.arange(n_views, dtype=np.uint8), len(readable))
     rows = np.repeat(readable, n_views)
     wanted: dict[RowKey, tuple[int, int]] = {}
     for key, row, view in zip(row_keys(manifest.digests[rows], views), rows.tolist(), views.tolist(), strict=True):
         wanted.setdefault(key, (row, view))
+    if len(rows) > MAX_ROWS_PER_SLOT * len(wanted):
+        raise DataError(
+            f"{manifest.root}: {len(readable)} images are copies of {len(wanted) // n_views} different ones, more than "
+            f"{MAX_ROWS_PER_SLOT} of each; remove some copies"
+        )
     return wanted
