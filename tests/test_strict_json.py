@@ -28,6 +28,8 @@ def test_parse__as_deep_as_allowed_and_no_deeper() -> None:
         (b"[-Infinity]", "-Infinity is not JSON"),
         (b"[1] 2", "Extra data"),
         (b"", "Expecting value"),
+        ('{"a": 1}'.encode("utf-16-le"), "Expecting property name"),
+        ('["\u2241'.encode("utf-16-le") + ("[" * 100_000).encode("utf-16-le"), "nested deeper|Expecting|codec"),
         (b'["\xff"]', "invalid start byte"),
         (b"[" + b"9" * 5000 + b"]", "Exceeds the limit"),
     ],

@@ -22,7 +22,8 @@ def parse(data: bytes) -> Any:
         depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
             raise ValueError(f"its JSON is nested deeper than {MAX_DEPTH}")
-    return json.loads(data, object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
+    # Decoded here, because json.loads takes bytes for UTF-16 where it finds zeros in them.
+    return json.loads(data.decode("utf-8"), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -132,6 +132,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a run on a nested machine": (_set_run("machine", {"cores": {}}), "a run's machine must hold"),
     "a run with another field": (_set_run("trick", 1), "a run has the fields"),
     "a storage dtype that is none": (lambda c: c["spec"].update(storage_dtype="int8"), "storage_dtype 'int8' is none"),
+    "rows that no run made": (lambda c: c.update(provenance=[]), "there are rows, and no run that made them"),
     "more runs than are kept": (lambda c: c.update(provenance=c["provenance"] * 1001), "1001 runs, more than 1000"),
     "a relative root": (lambda c: c.update(data_root="data"), "data_root 'data' is not absolute"),
     "a surrogate that is no byte": (lambda c: c.update(data_root="/\ud800"), "surrogates not allowed"),

@@ -27,7 +27,7 @@ def test_open_cache__what_was_published(finished: Path, extraction: Any, make_ru
     assert (cache.n_rows, cache.n_bad) == (10, 0)
     assert cache.canaries.tobytes() == extraction.canaries.tobytes()
     assert cache.provenance == (make_run(),)
-    assert cache.known_files()["train/é4.jpg"] == (1004, 14, 24, 34, extraction.digests[4].tobytes())
+    assert cache.rows.known_files()["train/é4.jpg"] == (1004, 14, 24, 34, extraction.digests[4].tobytes())
     assert repr(cache) == f"Cache('{finished}': 10 images, 0 bad, 6 features)"
 
 

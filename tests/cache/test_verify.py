@@ -124,12 +124,12 @@ def test_verify__a_shard_that_is_no_shard(finished: Path, tmp_path: Path, kind: 
     assert (
         _problems(finished)
         == {
-            "missing": [f"shard-00000.h5: cannot be opened (No such file or directory){AGAIN}"],
+            "missing": [f"shard-00000.h5: cannot be opened (No such file or directory){MEND}"],
             "short": [f"shard-00000.h5: fails its checksum{MEND}"],
             "longer": [f"shard-00000.h5: fails its checksum{MEND}"],
-            "link": [f"shard-00000.h5: is a link{AGAIN}"],
-            "fifo": [f"shard-00000.h5: not a regular file{AGAIN}"],
-            "folder": [f"shard-00000.h5: not a regular file{AGAIN}"],
+            "link": [f"shard-00000.h5: is a link{MEND}"],
+            "fifo": [f"shard-00000.h5: not a regular file{MEND}"],
+            "folder": [f"shard-00000.h5: not a regular file{MEND}"],
         }[kind]
     )
 

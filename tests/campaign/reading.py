@@ -24,7 +24,7 @@ from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError, DataError, ResourceError
 from transfercache.splits import SPLIT_NAMES
 
-from .hostile import SPEC
+from .hostile import DIM, SPEC
 
 # What reading a cache of a few kilobytes may take, beside what the process has already.
 MAX_BYTES = 512 << 20
@@ -95,7 +95,7 @@ def _read_cache(folder: Path, original: Original, *, is_by_path: bool, is_by_con
 def _ask_for_the_rest(cache: Cache) -> None:
     assert repr(cache)
     assert cache.spec.digest()
-    assert len(cache.known_files()) <= cache.n_rows
+    assert len(cache.rows.known_files()) <= cache.n_rows
     assert 0 <= cache.n_bad <= cache.n_rows
     _ = cache.data_root, cache.class_names, cache.provenance
     for split in (None, *SPLIT_NAMES):
@@ -120,7 +120,7 @@ def _read_slots(folder: Path, original: Original, *, is_by_path: bool, is_by_con
 def _read_neighbour(folder: Path, original: Original, *, is_by_path: bool, is_by_content: bool) -> None:
     """As an extraction of other data beside it does; that passes over what it cannot trust."""
     wanted = [digest + bytes([view]) for digest, view in original.held]
-    for neighbour in find_neighbours(folder.parent, SPEC, wanted):
+    for neighbour in find_neighbours(folder.parent, SPEC, wanted, dim=DIM):
         assert sum(run.computed for run in neighbour.shares(1)) >= 0
         for key, features in zip(neighbour.keys, neighbour.slots.take(neighbour.keys), strict=True):
             if is_by_content and original.held[key[:32], key[32]] != features.tobytes():

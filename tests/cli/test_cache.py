@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import transfercache
+import transfercache as tc
 from transfercache.cache.reader import open_cache
 from transfercache.files import locked
 from transfercache.version import __version__
@@ -205,7 +206,8 @@ def test_verify__names_all_that_is_wrong_in_all(tlc: Run, cache: Path) -> None:
         again = "remove the folder and make it anew with: tlc extract-features DATA"
         assert sorted(ended.err.splitlines()) == sorted(
             [
-                f"tlc: {other}/shard-00000.h5: cannot be opened (No such file or directory); {again}",
+                f"tlc: {other}/shard-00000.h5: cannot be opened (No such file or directory); mend it with: "
+                "tlc extract-features DATA --verify-content",
                 f"tlc: {cache}/.gitignore: holds what tlc did not write there; {again}",
                 "tlc: 2 problems in 2 of 2 caches; mend such a one as its lines say, or remove it with tlc cache "
                 f"remove {other}, and make it anew with tlc extract-features",
@@ -454,3 +456,18 @@ def test_views__of_an_image_are_counted(tlc: Run, draw_photos: Callable[..., Pat
     served = open_cache(folder).table().features
     assert tlc("cache", "prune", "--yes").code == 0
     np.testing.assert_array_equal(open_cache(folder).table().features, served)
+
+
+def test_no_caches__are_none(cache: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in cache.iterdir())
+    assert tc.remove_caches([], cache_dir=cache.parent).value == ()
+    assert tc.prune_caches([], cache_dir=cache.parent, older_than=0).value == ()
+    assert tc.verify_cache([], cache_dir=cache.parent).value == ()
+    assert sorted(path.name for path in cache.iterdir()) == before
+
+
+def test_list__beside_a_link_to_itself(tlc: Run, cache: Path) -> None:
+    (cache.parent / "loop").symlink_to(cache.parent / "loop")
+    ended = tlc("cache", "list", "--cache-dir", cache.parent, "--json")
+    assert ended.code == 0
+    assert [Path(item["cache"]).name for item in json.loads(ended.out)] == [cache.name]

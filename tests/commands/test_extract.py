@@ -324,7 +324,7 @@ def test_other_versions__are_checked_and_told(pets: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(extract_module, "describe_environment", lambda: newer)
     checked = extract_features(pets, **words)
     assert (checked.checked, checked.computed, checked.reused) == (8, 0, 16)
-    assert "8 of other versions found equal" in str(checked.render())
+    assert "8 computed again and found equal" in str(checked.render())
     assert extract_features(pets, **words).checked == 0
 
 

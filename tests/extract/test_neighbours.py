@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
+from transfercache.cache.upkeep import prune
 
 Draw = Callable[[Path, int], None]
 
@@ -135,3 +137,32 @@ def test_interrupted_while_copying__goes_on(
     outcome = copied.run()
     assert (outcome.computed, outcome.reused) == (1, 10)
     assert open_cache(copied.folder).n_rows == 11
+
+
+def test_cost__of_a_cache_that_lost_rows_or_had_many_runs(
+    extractor: Any, beside: Any, photos: Path, tmp_path: Path
+) -> None:
+    for name in ("cat", "dog"):  # two runs of five rows, a second a row
+        shutil.copytree(photos / name, tmp_path / "grown" / name)
+        grown = beside(tmp_path / "grown")
+        grown.run()
+    shutil.rmtree(tmp_path / "grown/cat")
+    (tmp_path / "grown/cat").mkdir()
+    grown.run()
+    prune(grown.folder, dry_run=False)
+    # A made shard is so small that freeing its slots frees no byte: drop the whole one that no row needs.
+    assert [entry.n_rows for entry in Store(grown.folder).catalogue.shards] == [5]
+    copied = beside(Path(shutil.copytree(photos / "dog", tmp_path / "dogs" / "dog")).parent)
+    copied.run()
+    shares = Store(copied.folder).catalogue.provenance[:-1]
+    assert sum(run.computed for run in shares) == 5
+    assert all(run.seconds["total"] == run.computed for run in shares)
+
+
+def test_neighbour_of_another_width__gives_nothing(extractor: Any, beside: Any, photos: Path, tmp_path: Path) -> None:
+    extractor.run()
+    catalogue = read_catalogue(extractor.folder)
+    wider = replace(catalogue, canaries=np.zeros((4, 7), np.float32), shards=(), rows=None)
+    (extractor.folder / "catalogue.json").write_bytes(wider.to_bytes())
+    copied = beside(Path(shutil.copytree(photos, tmp_path / "copied")))
+    assert copied.run().computed == 10

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from transfercache.cache.provenance import vouch
 from transfercache.cache.store import Store
-from transfercache.errors import CacheError, DecodeError
+from transfercache.errors import CacheError, DecodeError, LockedError, ResourceError
 from transfercache.extract import loop
 from transfercache.extract.parity import MIN_COSINE
 
@@ -145,11 +146,59 @@ def test_image_that_newer_versions_cannot_read__is_no_agreement(four: Any, monke
         four.run()
 
 
-def test_cache_that_may_not_be_written__is_checked_and_used(
-    four: Any, turned: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [ResourceError("read-only"), LockedError("another process is writing to it")])
+def test_cache_that_may_not_be_written_now__is_checked_and_used(
+    four: Any, turned: Any, monkeypatch: pytest.MonkeyPatch, error: ResourceError
 ) -> None:
     before = {path: path.read_bytes() for path in four.folder.iterdir()}
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("transfercache.cache.store.locked", refuse)
     outcome = four.run(turned())
     assert (outcome.checked, outcome.reused) == (4, 4)
     assert {path: path.read_bytes() for path in four.folder.iterdir()} == before
+
+
+def test_rows_that_nothing_wanted_could_be_checked_against__are_checked_when_they_are(
+    four: Any, turned: Any, photos: Path, draw: Any
+) -> None:
+    older = {path: path.read_bytes() for path in photos.glob("*/*.png")}
+    for path in older:
+        path.unlink()
+    for i in range(3):
+        draw(photos / f"cat/new{i}.png", 60 + i)
+    # Newer versions that compute otherwise, and no row of the older ones to show it.
+    outcome = four.run(turned(30.0))
+    assert (outcome.computed, outcome.checked) == (3, 0)
+    for path, data in older.items():
+        path.write_bytes(data)
+    with pytest.raises(CacheError, match="computes other embeddings"):
+        four.run(turned(30.0))
+    four.versions = {"torch": "2.9", "pillow": "12.0"}
+    for path in older:
+        path.unlink()
+    with pytest.raises(CacheError, match="computes other embeddings"):
+        four.run(turned())
+
+
+@pytest.mark.parametrize(
+    ("runs", "makers", "expected"),
+    [
+        ([], "a", False),
+        ([("a", 4, 0)], "a", True),
+        ([("a", 4, 0)], "b", False),
+        ([("a", 4, 0), ("b", 1, 8)], "b", True),
+        ([("a", 4, 0), ("b", 1, 8)], "a", True),
+        ([("a", 4, 0), ("b", 1, 0)], "a", False),
+        ([("a", 4, 0), ("b", 1, 0)], "b", False),
+        ([("a", 4, 0), ("b", 1, 0), ("b", 0, 8)], "b", True),
+        ([("a", 4, 0), ("b", 0, 0)], "a", True),
+        ([("a", 4, 0), ("b", 0, 0)], "b", False),
+    ],
+)
+def test_vouch(four: Any, runs: list[tuple[str, int, int]], makers: str, expected: bool) -> None:
+    (made,) = Store(four.folder).catalogue.provenance
+    records = [replace(made, engine=by, computed=computed, checked=checked) for by, computed, checked in runs]
+    assert vouch(records, {**made.makers, "engine": makers}) == expected

@@ -79,9 +79,11 @@ def test_plan__of_more_views__is_what_each_content_lacks(photos: Path) -> None:
     assert (plan.n_pending, plan.n_held) == (28, 2)
 
 
-def test_wanted_rows__a_thousand_copies_of_each_and_no_more(photos: Path) -> None:
-    manifest = _manifest(photos).subset(np.repeat([0, 1], 1000))
-    assert len(wanted_rows(manifest, 2)) == 4
+def test_plan__a_thousand_copies_of_each_image_and_no_more(photos: Path) -> None:
+    manifest = _manifest(photos)
+    empty = _slots(manifest, [], shard=[], valid=[])
+    thousand = manifest.subset(np.repeat([0, 1], 1000))
+    assert plan_extraction(thousand, empty, unfinished=[], n_views=2).n_pending == 4
     message = "2001 images are copies of 2 different ones, more than 1000 of each; remove some copies"
     with pytest.raises(DataError, match=message):
-        wanted_rows(_manifest(photos).subset(np.repeat([0, 1], [1000, 1001])), 2)
+        plan_extraction(manifest.subset(np.repeat([0, 1], [1000, 1001])), empty, unfinished=[], n_views=2)

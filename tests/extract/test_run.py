@@ -14,6 +14,7 @@ from PIL import Image
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
+from transfercache.cache.upkeep import prune
 from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError
 from transfercache.spec import ExtractSpec
@@ -402,3 +403,38 @@ def test_changed_transform_flag__is_another_cache(extractor: Any, spec: ExtractS
     assert (outcome.computed, outcome.reused) == (10, 0)
     assert extractor.folder != first
     assert read_catalogue(extractor.folder).spec.preprocessing.antialias is False
+
+
+def test_interrupted_between_finishing_and_publishing__keeps_all_and_its_cost(
+    extractor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    publish = Store.publish
+    monkeypatch.setattr(Store, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run()
+    monkeypatch.setattr(Store, "publish", publish)
+    catalogue = read_catalogue(extractor.folder)
+    assert [(run.computed, run.seconds["total"]) for run in catalogue.provenance] == [(10, 10.0)]
+    assert [entry.finished for entry in catalogue.shards] == [False]
+    assert prune(extractor.folder, dry_run=False).bytes == 0
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (0, 10)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate], ids=["gone", "truncated"])
+def test_prove__an_unfinished_shard_that_cannot_be_read__is_replaced(
+    extractor: Any, make_engine: Any, damage: Callable[[Path], object]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        extractor.run(make_engine(fails_at=1))
+    damage(extractor.folder / "shard-00000.h5")
+    with pytest.raises(CacheError, match="mend it with: tlc extract-features DATA --verify-content"):
+        extractor.run()
+    extractor.prove = True
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused) == (10, 0)
+    assert verify_folder(extractor.folder).problems == ()
+    assert [entry.number for entry in Store(extractor.folder).catalogue.shards] == [1]

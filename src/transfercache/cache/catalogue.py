@@ -138,6 +138,8 @@ class Catalogue:
             raise ValueError(f"data_root {self.data_root!r} is not absolute")
         for text in (self.data_root, self.data_name, *self.class_names):
             text.encode("utf-8", "surrogateescape")  # raises ValueError for any other surrogate
+        if self.rows is not None and not self.provenance:
+            raise ValueError("there are rows, and no run that made them")
         if len(self.provenance) > MAX_RUNS:
             raise ValueError(f"{len(self.provenance)} runs, more than {MAX_RUNS}")
         if self.spec.storage_dtype not in STORAGE_DTYPES:

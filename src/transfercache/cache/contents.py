@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,8 +119,8 @@ class Contents:
 
 def cache_folders(root: Path) -> list[Path]:
     """Return the folders under `root` that are or were caches, sorted by name."""
-    found = [Path(entry.path) for entry in _entries(root) if entry.is_dir()] if root.is_dir() else []
-    return [folder for folder in found if os.path.lexists(folder / FILE_NAME) or has_tag(folder)]
+    found = [Path(entry.path) for entry in _entries(root)] if root.is_dir() else []
+    return [folder for folder in found if folder.is_dir() and (os.path.lexists(folder / FILE_NAME) or has_tag(folder))]
 
 
 def read_contents(folder: Path) -> Contents:
@@ -143,8 +144,12 @@ def read_contents(folder: Path) -> Contents:
 def measure_files(folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
     """Return the bytes of tlc's own files by name, and the names of all others; raises ResourceError."""
     entries = _entries(folder)
-    sizes = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries if _is_ours(entry)}
-    return sizes, tuple(entry.name for entry in entries if entry.name not in sizes)
+    ours = [entry for entry in entries if _is_ours(entry)]
+    sizes = {}
+    for entry in ours:
+        with suppress(FileNotFoundError):  # a writer has replaced it meanwhile
+            sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+    return sizes, tuple(entry.name for entry in entries if entry not in ours)
 
 
 def has_tag(folder: Path) -> bool:

@@ -31,7 +31,8 @@ class Neighbour:
     def shares(self, n_copied: int) -> list[Run]:
         """Return this cache's runs in proportion to the rows that were copied from it: their cost came with them."""
         runs = [run for run in self.catalogue.provenance if run.computed]
-        part = n_copied / len(self.slots.held)
+        # Its runs may have made more rows than are left, or be lacking for some.
+        part = n_copied / max(len(self.slots.held), sum(run.computed for run in runs))
         ends = np.rint(np.cumsum([run.computed for run in runs]) * part).astype(int).tolist()
         return [
             replace(
@@ -40,7 +41,7 @@ class Neighbour:
                 reused=0,
                 checked=0,
                 copied_from=run.copied_from or self.folder.name,
-                seconds={stage: seconds * part for stage, seconds in run.seconds.items()},
+                seconds={stage: seconds * (end - start) / run.computed for stage, seconds in run.seconds.items()},
             )
             for run, start, end in zip(runs, [0, *ends], ends, strict=False)
             if end > start
@@ -48,7 +49,7 @@ class Neighbour:
 
 
 def find_neighbours(
-    cache_dir: Path, spec: ExtractSpec, wanted: Collection[RowKey], *, beside: Path | None = None
+    cache_dir: Path, spec: ExtractSpec, wanted: Collection[RowKey], *, dim: int, beside: Path | None = None
 ) -> Iterator[Neighbour]:
     """Yield the caches of this spec that hold rows of `wanted`, each with those that no earlier one holds.
 
@@ -63,7 +64,7 @@ def find_neighbours(
             continue
         try:
             catalogue = read_catalogue(other)
-            if catalogue.spec != spec:
+            if catalogue.spec != spec or catalogue.dim != dim:
                 continue
             slots = read_slots(other, catalogue.shards)
         except (ArtefactError, ResourceError) as error:

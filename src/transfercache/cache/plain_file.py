@@ -29,8 +29,8 @@ _OPEN_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @contextmanager
-def opened_plain(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    """Give a descriptor of the regular file `path` for the block.
+def opened_plain(path: Path, flags: int = os.O_RDONLY, *, advice: str = REMAKE) -> Iterator[int]:
+    """Give a descriptor of the regular file `path` for the block; `advice` ends the message of an error.
 
     Raises CacheError where it is missing, a link or not a regular file, ResourceError where it may not be opened.
     """
@@ -40,30 +40,30 @@ def opened_plain(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         raise ResourceError(f"{path}: cannot be opened ({error.strerror}); change its permissions") from error
     except OSError as error:
         reason = "is a link" if error.errno == errno.ELOOP else f"cannot be opened ({error.strerror})"
-        raise CacheError(f"{path}: {reason}; {REMAKE}") from error
+        raise CacheError(f"{path}: {reason}; {advice}") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CacheError(f"{path}: not a regular file; {REMAKE}")
+            raise CacheError(f"{path}: not a regular file; {advice}")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
-def read_plain(path: Path, *, max_bytes: int) -> bytes:
+def read_plain(path: Path, *, max_bytes: int, advice: str = REMAKE) -> bytes:
     """Return the bytes of the regular file `path`, whose size is compared with the limit before it is read.
 
     Raises CacheError where it is larger than `max_bytes` or hollow, and what `opened_plain` raises.
     """
-    with opened_plain(path) as descriptor:
+    with opened_plain(path, advice=advice) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > max_bytes:
-            raise CacheError(f"{path}: {size} bytes, more than the {max_bytes} that tlc reads; {REMAKE}")
-        check_stored(path, descriptor, size // MAX_HOLLOWNESS)
+            raise CacheError(f"{path}: {size} bytes, more than the {max_bytes} that tlc reads; {advice}")
+        check_stored(path, descriptor, size // MAX_HOLLOWNESS, advice=advice)
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(size)
 
 
-def check_stored(path: Path, descriptor: int, n_bytes: int) -> None:
+def check_stored(path: Path, descriptor: int, n_bytes: int, *, advice: str = REMAKE) -> None:
     """Raise CacheError unless so many bytes of a file were ever written: holes take no space, and read as zeros."""
     stored = end = 0
     try:
@@ -74,7 +74,7 @@ def check_stored(path: Path, descriptor: int, n_bytes: int) -> None:
     except OSError as error:
         if error.errno == errno.ENXIO:  # no data behind `end`
             size = os.fstat(descriptor).st_size
-            raise CacheError(f"{path}: hardly any of its {size} bytes are on the disk; {REMAKE}") from error
+            raise CacheError(f"{path}: hardly any of its {size} bytes are on the disk; {advice}") from error
         # Else the file system does not know of holes, and has none.
     os.lseek(descriptor, 0, os.SEEK_SET)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -27,6 +27,24 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def makers_of(engine: str, versions: Mapping[str, str]) -> dict[str, str]:
     """Return the engine, and of the installed `versions` those of the packages that an embedding passes through."""
     return {"engine": engine, **{name: versions[name] for name in _MAKERS if name in versions}}
+
+
+def vouch(runs: Iterable[Run], makers: Mapping[str, str]) -> bool:
+    """Whether all rows that these runs, oldest first, have left were made by `makers`, or found equal to theirs.
+
+    A run that checked rows of other makers joins its own to those that agree. One that added rows without a check, as
+    none of the others was wanted, leaves rows of two kinds, for which none vouches until the next check.
+    """
+    agreeing: list[dict[str, str]] = []
+    is_mixed = False
+    for run in runs:
+        if run.checked:
+            agreeing, is_mixed = [*agreeing, run.makers], False
+        elif not agreeing:
+            agreeing = [run.makers]
+        elif run.computed and run.makers not in agreeing:
+            is_mixed = True
+    return not is_mixed and dict(makers) in agreeing
 
 
 @dataclass(frozen=True)

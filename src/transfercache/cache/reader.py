@@ -50,7 +50,7 @@ def read_rows(folder: Path, catalogue: Catalogue) -> Rows:
     if catalogue.rows is None:
         raise CacheError(f"{folder}: its extraction is not finished: run the same extract-features again")
     path = folder / catalogue.rows.file
-    data = read_plain(path, max_bytes=MAX_BYTES)
+    data = read_plain(path, max_bytes=MAX_BYTES, advice=MEND)
     if sha256_bytes(data) != catalogue.rows.sha256:
         raise CacheError(f"{path}: fails its checksum; {MEND}")
     try:
@@ -111,10 +111,6 @@ class Cache:
     def n_bad(self) -> int:
         """Images that could not be read."""
         return int(np.sum((self.rows.status == BAD) & (self.rows.view == 0)))
-
-    def known_files(self) -> dict[str, tuple[int, int, int, int, bytes]]:
-        """Return size, mtime_ns, ctime_ns, inode and content digest by path, where the content is known."""
-        return self.rows.known_files()
 
     def table(self, split: str | None = None, *, labelled_only: bool = False) -> FeatureTable:
         """Return the good rows of one split (None: of all), in the order of the manifest, copied into memory.

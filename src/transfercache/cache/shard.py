@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
-from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, REMAKE, check_stored, opened_plain, write_all
+from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, check_stored, opened_plain, write_all
 from transfercache.errors import CacheError, ResourceError
 from transfercache.files import resource_errors
 
@@ -21,6 +23,9 @@ BoolArray = npt.NDArray[np.bool_]
 #: A slot whose checksum is this was never written; no valid checksum equals it.
 NEVER_WRITTEN = 0
 
+_DIGEST_BYTES = 1 << 20
+# Far more than HDF5 writes behind the rows; a file that goes on is none that was finished, perhaps terabytes of hole.
+_METADATA_BYTES = 1 << 20
 # Rows proved at a time: their copy stays in the processor's cache.
 _BLOCK_ROWS = 512
 # Slot (two words), view (one) and content digest (eight) come before the features in the checksum.
@@ -72,13 +77,14 @@ class ShardReader:
 
     def __init__(self, path: Path, entry: ShardEntry) -> None:
         self.path = path
-        with opened_plain(path) as descriptor:
+        with opened_plain(path, advice=MEND) as descriptor:
             size = os.fstat(descriptor).st_size
             end = max(extent.offset + extent.length for extent in entry.extents())
             if size < end:
-                raise CacheError(f"{path}: {size} bytes, but its rows end at {end}; {REMAKE}")
+                raise CacheError(f"{path}: {size} bytes, but its rows end at {end}; {MEND}")
             # Its plan is written before all else, and the features of a finished one are too.
-            check_stored(path, descriptor, max(entry.digests.length, end // MAX_HOLLOWNESS if entry.finished else 0))
+            least = max(entry.digests.length, end // MAX_HOLLOWNESS if entry.finished else 0)
+            check_stored(path, descriptor, least, advice=MEND)
             try:
                 whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
             except OSError as error:  # where `ulimit -v` bounds the address space
@@ -147,6 +153,21 @@ class ShardReader:
     def _agrees(self, slots: npt.NDArray[np.int64], features: npt.NDArray[Any]) -> BoolArray:
         proof = row_checksums(slots, self.views[slots], self.digests[slots], features)
         return np.asarray(proof == self.checksums[slots])
+
+
+def shard_digest(path: Path, entry: ShardEntry, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """Return the SHA-256 of a shard's file as 64 hex digits; of one that goes on far behind its rows, some other.
+
+    `progress` is told the bytes of each block. Read rather than mapped: a disk that fails then raises OSError.
+    """
+    digest, offset = hashlib.sha256(), 0
+    end = max(extent.offset + extent.length for extent in entry.extents()) + _METADATA_BYTES
+    with opened_plain(path, advice=MEND) as descriptor:
+        while offset <= end and (block := os.pread(descriptor, _DIGEST_BYTES, offset)):
+            digest.update(block)
+            offset += len(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def _are_finite(rows: npt.NDArray[Any]) -> BoolArray:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.plain_file import MEND
-from transfercache.cache.shard import BoolArray, ShardReader
+from transfercache.cache.shard import BoolArray, ShardReader, shard_digest
 from transfercache.errors import CacheError
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ class Slots:
     slot: npt.NDArray[np.int64]  # int64 [S], row of that shard
     valid: BoolArray  # bool [S]: it has been computed
     readers: dict[int, ShardReader]  # by number
+    damaged: tuple[int, ...] = ()  # numbers of shards that are not what was finished, where that was asked
 
     @cached_property
     def held(self) -> dict[RowKey, int]:
@@ -70,28 +71,34 @@ class Slots:
 def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: bool = False) -> Slots:
     """Read the plans of all shards, and scan the checksums of the unfinished ones.
 
-    Rows of a finished shard were proved when it was finished, and are again when they are first read; with `prove` they
-    are now: a row that fails, and all of a shard that cannot be read, count as not computed.
+    Rows of a finished shard were proved when it was finished, and are again when they are first read. With `prove` its
+    file is hashed now; where that is not the finished one, the shard is `damaged`, and each row has to prove itself. A
+    shard that cannot be read is left out, and damaged too.
     """
-    shards = [entry for entry in shards if not prove or _can_be_read(folder / entry.file, entry)]
-    readers = [ShardReader(folder / entry.file, entry) for entry in shards]
-    n_rows = [entry.n_rows for entry in shards]
-    is_trusted = [entry.finished and not prove for entry in shards]
-    valid = [r.written() if trusted else r.valid() for trusted, r in zip(is_trusted, readers, strict=True)]
+    found: list[tuple[ShardEntry, ShardReader, BoolArray]] = []
+    damaged = []
+    for entry in shards:
+        path, is_trusted = folder / entry.file, entry.finished
+        try:
+            reader = ShardReader(path, entry)
+            if prove and entry.finished:
+                is_trusted = shard_digest(path, entry) == entry.digest
+        except (CacheError, OSError) as error:
+            if not prove:
+                raise
+            logger.warning("its rows are made again: %s", error)
+            damaged.append(entry.number)
+            continue
+        if entry.finished and not is_trusted:
+            damaged.append(entry.number)
+        found.append((entry, reader, reader.written() if is_trusted else reader.valid()))
+    n_rows = [entry.n_rows for entry, _, _ in found]
     return Slots(
-        digest=np.concatenate([np.empty((0, 32), np.uint8), *(reader.digests for reader in readers)]),
-        view=np.concatenate([np.empty(0, np.uint8), *(reader.views for reader in readers)]),
-        shard=np.repeat(np.array([entry.number for entry in shards], np.int32), np.array(n_rows, np.int64)),
+        digest=np.concatenate([np.empty((0, 32), np.uint8), *(reader.digests for _, reader, _ in found)]),
+        view=np.concatenate([np.empty(0, np.uint8), *(reader.views for _, reader, _ in found)]),
+        shard=np.repeat(np.array([entry.number for entry, _, _ in found], np.int32), np.array(n_rows, np.int64)),
         slot=np.concatenate([np.empty(0, np.int64), *map(np.arange, n_rows)]),
-        valid=np.concatenate([np.empty(0, bool), *valid]),
-        readers={entry.number: reader for entry, reader in zip(shards, readers, strict=True)},
+        valid=np.concatenate([np.empty(0, bool), *(valid for _, _, valid in found)]),
+        readers={entry.number: reader for entry, reader, _ in found},
+        damaged=tuple(damaged),
     )
-
-
-def _can_be_read(path: Path, entry: ShardEntry) -> bool:
-    try:
-        ShardReader(path, entry)
-    except CacheError as error:
-        logger.warning("its rows are made again: %s", error)
-        return False
-    return True

@@ -84,11 +84,15 @@ def find_or_create(
 
 def folder_pattern(spec: ExtractSpec) -> str:
     """Return a glob that the names of all folders of this spec match; their catalogues decide."""
-    return f"*-{_name_part(spec.backbone)}-{spec.boundary}-{spec.digest()[:8]}*"
+    return f"*-{_spec_part(spec)}*"
 
 
 def _folder_stem(data_name: str, spec: ExtractSpec) -> str:
-    return f"{_name_part(data_name) or 'data'}-{_name_part(spec.backbone)}-{spec.boundary}-{spec.digest()[:8]}"
+    return f"{_name_part(data_name) or 'data'}-{_spec_part(spec)}"
+
+
+def _spec_part(spec: ExtractSpec) -> str:
+    return f"{_name_part(spec.backbone)}-{_name_part(spec.boundary)}-{spec.digest()[:8]}"
 
 
 def _name_part(text: str) -> str:
@@ -134,17 +138,18 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.catalogue = read_catalogue(folder)
-        self._is_writing = False
+        self._is_writing, self._is_saved = False, True
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder's lock for the block; raises LockedError at once where another process holds it."""
         with locked(self.folder / LOCK, what=str(self.folder)):
             self.catalogue = read_catalogue(self.folder)
-            self._remove_leftovers()
-            self._is_writing = True
+            self._tidy()
+            self._is_writing, self._is_saved = True, True
             try:
                 yield
+                self._save()
             finally:
                 self._is_writing = False
 
@@ -185,7 +190,7 @@ class Store:
         except ResourceError:
             # The catalogue on the disk decides whether the new shard stays.
             self.catalogue = read_catalogue(self.folder)
-            self._remove_leftovers()
+            self._tidy()
             raise
         return number
 
@@ -201,28 +206,27 @@ class Store:
             yield ShardWriter(path, entry, descriptor)
 
     def finish_shard(self, number: int) -> BoolArray:
-        """Prove every written row, sync, and record the shard as finished and read-only; bool [n], the rows it has.
+        """Prove every written row, sync, and mark the shard as finished; returns the rows it has, bool [n].
 
-        A slot whose row fails its proof becomes one that was never written. A shard without a row is removed.
+        A slot whose row fails its proof becomes one that was never written. A shard without a row is dropped. The
+        catalogue says so when rows are published, or the writing ends: a finished shard that no row is in is one that
+        none needs, so a crash between the two must leave it unfinished.
         """
         with self.writer(number) as writer:
             valid = writer.clear_torn()
         entry = self.entry(number)
-        path = self.folder / entry.file
-        others = tuple(other for other in self.catalogue.shards if other.number != number)
-        if not valid.any():
-            self._replace(shards=others)
-            path.unlink()
-            return valid
-        finished = replace(entry, finished=True, digest=sha256_file(path))
-        self._replace(shards=tuple(sorted((*others, finished), key=lambda shard: shard.number)))
-        # Last, because a read-only shard that is not finished could not be resumed.
-        _protect(path)
+        kept = [other for other in self.catalogue.shards if other.number != number]
+        if valid.any():
+            kept.append(replace(entry, finished=True, digest=sha256_file(self.folder / entry.file)))
+        self.catalogue = replace(self.catalogue, shards=tuple(sorted(kept, key=lambda shard: shard.number)))
+        self._is_saved = False
         return valid
 
     def record(self, *runs: Run) -> None:
         """Add runs to the provenance: one that ended before it could publish too has kept rows, and has a cost."""
         self._check_writing()
+        if not self._is_saved:  # what was finished and could not be published is still unfinished
+            self.catalogue = read_catalogue(self.folder)
         self._replace(provenance=(*self.catalogue.provenance, *runs)[-MAX_RUNS:])
 
     def has_published(self, rows: Rows, *, class_names: tuple[str, ...], has_given_split: bool) -> bool:
@@ -245,6 +249,7 @@ class Store:
         """
         self._check_writing()
         if self.has_published(rows, class_names=class_names, has_given_split=has_given_split):
+            self._save()
             return False
         self._check_places(rows, class_names)
         data, before = rows.to_bytes(), self.catalogue
@@ -256,20 +261,8 @@ class Store:
             has_given_split=has_given_split,
             provenance=(*before.provenance, *(() if run is None else (run,)))[-MAX_RUNS:],
         )
-        if before.rows is not None and before.rows.file != published.file:
-            (self.folder / before.rows.file).unlink(missing_ok=True)
+        self._tidy()
         return True
-
-    def damaged(self) -> list[ShardEntry]:
-        """Return the finished shards that are not what was finished; hashes each of them."""
-        return [entry for entry in self.catalogue.shards if entry.finished and not self._is_whole(entry)]
-
-    def _is_whole(self, entry: ShardEntry) -> bool:
-        try:
-            with opened_plain(self.folder / entry.file):
-                return sha256_file(self.folder / entry.file) == entry.digest
-        except CacheError:
-            return False
 
     def drop_shards(self, numbers: Collection[int]) -> None:
         """Remove these shards and their files; raises ValueError where a published row lies in one of them."""
@@ -279,7 +272,7 @@ class Store:
             raise ValueError(f"{self.folder}: a row lies in one of the shards {sorted(numbers)}")
         if numbers:
             self._replace(shards=tuple(entry for entry in self.catalogue.shards if entry.number not in numbers))
-            self._remove_leftovers()
+            self._tidy()
 
     def _check_places(self, rows: Rows, class_names: tuple[str, ...]) -> None:
         finished = {entry.number: entry for entry in self.catalogue.shards if entry.finished}
@@ -298,10 +291,15 @@ class Store:
     def _replace(self, **changes: Any) -> None:
         catalogue = replace(self.catalogue, **changes)
         write_atomic(self.folder / FILE_NAME, catalogue.to_bytes())
-        self.catalogue = catalogue
+        self.catalogue, self._is_saved = catalogue, True
 
-    def _remove_leftovers(self) -> None:
-        """Remove our files that the catalogue does not name, and finish what a crash after `finished` left undone."""
+    def _save(self) -> None:
+        if not self._is_saved:
+            self._replace()
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove our files that the catalogue does not name, and make those read-only that it calls finished."""
         shards = {entry.file: entry for entry in self.catalogue.shards}
         in_force = {*shards, self.catalogue.rows.file if self.catalogue.rows else ""}
         with resource_errors(self.folder):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +13,12 @@ from tqdm import tqdm
 
 from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.contents import Contents, read_contents
-from transfercache.cache.plain_file import MEND, REMAKE, opened_plain, read_plain
-from transfercache.cache.shard import ShardReader
+from transfercache.cache.plain_file import MEND, REMAKE, read_plain
+from transfercache.cache.shard import ShardReader, shard_digest
 from transfercache.cache.store import LABELS, LOCK, is_begun
 from transfercache.errors import CacheError, ResourceError
 from transfercache.text import one_line
 
-_BLOCK_BYTES = 1 << 20
-# Far more than HDF5 writes behind the rows; a file that goes on is not what was finished.
-_METADATA_BYTES = 1 << 20
 # A label is a few lines; one that is larger is not read to be refused.
 _LABEL_BYTES = 1 << 16
 # What is done sooner needs no bar.
@@ -118,7 +113,7 @@ def _prove_shard(contents: Contents, entry: ShardEntry, problems: list[str], bar
     with _noted(problems, path):
         shard = ShardReader(path, entry)  # first: a file of holes would take for ever to hash
         # Then this: what a disk cannot read must not be read through the map.
-        digest = _sha256(path, bar, max_bytes=max(e.offset + e.length for e in entry.extents()) + _METADATA_BYTES)
+        digest = shard_digest(path, entry, bar.update)
         valid = shard.valid()
         torn = np.flatnonzero(shard.written() & ~valid)
         if entry.finished and digest != entry.digest:
@@ -145,14 +140,3 @@ def _check_rows(contents: Contents, entry: ShardEntry, shard: ShardReader) -> No
 
 def _and_more(n: int) -> str:
     return f" and {n - 1} more" if n > 1 else ""
-
-
-def _sha256(path: Path, bar: tqdm, *, max_bytes: int) -> str:
-    """Return the SHA-256 of a file as 64 hex digits; of one that goes on after `max_bytes`, some other."""
-    digest, offset = hashlib.sha256(), 0
-    with opened_plain(path) as descriptor:
-        while offset <= max_bytes and (block := os.pread(descriptor, _BLOCK_BYTES, offset)):
-            digest.update(block)
-            offset += len(block)
-            bar.update(len(block))
-    return digest.hexdigest()

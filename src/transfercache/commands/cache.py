@@ -16,7 +16,7 @@ from transfercache.cache.rows import OK
 from transfercache.cache.upkeep import Freed, days_since_change, prune, remove
 from transfercache.cache.verify import Verification, verify_folder
 from transfercache.commands.inputs import BadImage, cache_root, changed_words
-from transfercache.errors import CacheError, LockedError
+from transfercache.errors import CacheError, LockedError, ResourceError
 from transfercache.report.caches import render_info, render_rows, show_bytes
 from transfercache.splits import SPLIT_NAMES
 
@@ -115,16 +115,16 @@ def prune_caches(
     """Free what no row needs in these caches (None: in all under `cache_dir`); see `prune` in cache/upkeep.py.
 
     A cache whose catalogue is older than `older_than` days is removed whole. One that is being written is passed over,
-    and so is one that cannot be trusted, unless it was named: then CacheError is raised. With `dry_run` nothing is
-    changed.
+    and so is one that cannot be trusted or written, unless it was named: then CacheError or ResourceError is raised.
+    With `dry_run` nothing is changed.
     """
 
     def freed(folder: Path) -> Freed:
         is_old = older_than is not None and days_since_change(folder) > older_than
         try:
             return (remove if is_old else prune)(folder, dry_run=dry_run)
-        except (CacheError, LockedError) as error:
-            if caches and isinstance(error, CacheError):
+        except (CacheError, ResourceError) as error:
+            if caches is not None and not isinstance(error, LockedError):
                 raise
             return Freed(folder, passed_over=str(error))
 
@@ -175,8 +175,10 @@ def _several(caches: Caches | None) -> Sequence[str | Path]:
 
 
 def _folders(caches: Caches | None, root: Path) -> list[Path]:
-    words = _several(caches)
-    return list(dict.fromkeys(_folder(word, root) for word in words)) if words else cache_folders(root)
+    """Return the folders that are named, none of them for an empty list; None stands for all there are."""
+    if caches is None:
+        return cache_folders(root)
+    return list(dict.fromkeys(_folder(word, root) for word in _several(caches)))
 
 
 def _folder(cache: str | Path, root: Path) -> Path:

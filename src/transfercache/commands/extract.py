@@ -69,7 +69,7 @@ class Extraction:
 
     @property
     def images_per_second(self) -> float | None:
-        """Images computed per second of wall time, imports excluded; None where none was computed."""
+        """Images passed forward per second of wall time, each view being one; None where none was computed."""
         return self.computed / self.seconds["total"] if self.computed else None
 
     @property
@@ -143,7 +143,7 @@ class Extraction:
 
         pace = f", {self.images_per_second:.1f} images/s" if self.images_per_second else ""
         views = f" in {self.views} views" if self.views > 1 else ""
-        checked = f", {self.checked} of other versions found equal" if self.checked else ""
+        checked = f", {self.checked} computed again and found equal" if self.checked else ""
         # Text: the path may hold what rich takes for markup.
         return Text(
             f"{self.cache}\n{self.rows} images{views}, {self.dim} features each: {self.computed} computed, "
@@ -294,15 +294,18 @@ def extract_manifest(
 
 
 def _n_views(store: Store, *, mend: bool) -> int:
-    """Return how many views the cache's rows have, else the default; with `mend`, rows that are damaged have none."""
+    """Return how many views the cache's rows have, else the default.
+
+    With `mend`, where the rows file is damaged, as many as the shards have: no fewer are lost.
+    """
     try:
         rows = store.rows()
     except CacheError as error:
         if not mend:
             raise
         logger.warning("it is written again: %s", error)
-        return max(int(store.slots().view.max(initial=0)) + 1, config.VIEWS)
-    return config.VIEWS if rows is None else max(int(rows.view.max(initial=0)) + 1, config.VIEWS)
+        return int(store.slots(prove=True).view.max(initial=0)) + 1
+    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
 
 
 def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], EagerEngine]) -> Store:
@@ -319,6 +322,8 @@ def find_cache_of(manifest: Manifest, *, backbone: str, weights: str, cache_dir:
     Of several, the one that the default storage dtype has.
     """
     loaded = load_backbone(backbone, weights=weights)
-    specs = [EmbedOptions(storage_dtype=dtype).spec(loaded) for dtype in get_args(config.StorageDtype)]
+    specs = [
+        EmbedOptions(storage_dtype=dtype).spec(loaded) for dtype in get_args(config.StorageDtype) if dtype != "auto"
+    ]
     found = (find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs)
     return next((folder for folder in found if folder is not None), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -16,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.cache.neighbours import find_neighbours
 from transfercache.cache.provenance import makers_of
 from transfercache.cache.reader import is_cache, open_cache
 from transfercache.cache.slots import RowKey, row_keys
@@ -25,7 +25,7 @@ from transfercache.commands.inputs import BadImage, cache_root, known_files, log
 from transfercache.environment import installed_versions
 from transfercache.errors import CacheError, UsageError
 from transfercache.extract.loop import Embedder, PendingView
-from transfercache.extract.parity import check_parity
+from transfercache.extract.parity import trusted_neighbours
 from transfercache.extract.plan import wanted_rows
 from transfercache.files import replacing
 from transfercache.images.manifest import hash_files
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from transfercache.backbones.engines import Engine
+
+logger = logging.getLogger(__name__)
 
 Features = npt.NDArray[np.float32]  # float32 [D], one image's
 
@@ -221,7 +223,7 @@ class LoadedModel:
         embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch())
         known: dict[int, Features | str] = dict(manifest.unreadable)
         if not self.model.is_finetuned:
-            known |= _cached_features(cache_dir, embedder)
+            known |= _cached_features(cache_dir, embedder, dim=self.model.head.dim)
         missing = [row for row in range(manifest.n_rows) if row not in known]
         with closing(_computed(embedder, missing, batch_size=batch_size)) as computed:
             for row, path in enumerate(manifest.paths):
@@ -250,16 +252,17 @@ def _is_listed(word: str) -> bool:
     return (word in NAMED or word.lower().endswith(".csv")) and not Path(word).expanduser().is_dir()
 
 
-def _cached_features(cache_dir: Path, embedder: Embedder) -> dict[int, Features]:
+def _cached_features(cache_dir: Path, embedder: Embedder, *, dim: int) -> dict[int, Features]:
     """Return {manifest row: its embedding} for the images whose bytes some cache of the spec has seen."""
     manifest = embedder.manifest
     wanted = wanted_rows(manifest, n_views=1)
     makers = makers_of(config.ENGINE, installed_versions())
     features: dict[RowKey, Features] = {}
-    for cache in find_neighbours(cache_dir, embedder.spec, wanted):
-        here = {key: wanted[key] for key in cache.keys}
-        check_parity(cache.folder, cache.catalogue, cache.slots, embedder, here, makers=makers)
-        features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
+    for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim, makers=makers):
+        try:
+            features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
+        except CacheError as error:
+            logger.warning("computed instead of taken from there: %s", error)
     keys = row_keys(manifest.digests, np.zeros(manifest.n_rows, dtype=np.uint8))
     return {row: features[key] for row, key in enumerate(keys) if key in features}
 

@@ -16,7 +16,7 @@ from transfercache import config
 from transfercache.cache.reader import Cache, is_cache, open_cache
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.classes import check_classes
-from transfercache.commands.inputs import BadImage, cache_root
+from transfercache.commands.inputs import BadImage, cache_root, changed_words
 from transfercache.errors import DataError, UsageError
 from transfercache.files import check_writable
 from transfercache.heads.fit import KNN, check_settings, fit_head, pick_solver
@@ -229,6 +229,7 @@ def _open(cache: str | Path | Extraction, *, backbone: str, weights: str, cache_
     if found is None:
         raise DataError(f"{folder}: no cache of it for {backbone} under {root}; make it with: {shlex.join(words)}")
     opened = open_cache(found)
+    words += changed_words(storage_dtype=(opened.spec.storage_dtype, "float32"))
     if _is_stale(opened, manifest):
         raise DataError(f"{folder}: has changed since {found} was made; bring that up to date: {shlex.join(words)}")
     n_relabelled = int(np.sum(opened.rows.label[opened.rows.view == 0] != manifest.labels))

@@ -37,7 +37,7 @@ _NOT_FINITE = "its embedding is not finite (NaN or infinity); are the weights da
 Pixels = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PendingView:
     """One slot of a shard, and the view of a manifest row that fills it."""
 

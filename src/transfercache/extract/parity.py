@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from transfercache.cache.catalogue import Catalogue
+from transfercache.cache.neighbours import Neighbour, find_neighbours
+from transfercache.cache.provenance import vouch
 from transfercache.cache.slots import RowKey, Slots
 from transfercache.errors import CacheError
 from transfercache.extract.loop import Embedder, PendingView
 from transfercache.randomness import derive_rng
+
+logger = logging.getLogger(__name__)
 
 #: Rows computed again; a changed kernel or resize moves every row, so that a few show it.
 N_SAMPLED = 8
@@ -31,13 +36,13 @@ def check_parity(
 ) -> int:
     """Return how many held rows of `wanted` (key -> manifest row, view) were computed again; 0 where none need be.
 
-    None need be where a run of this cache was already made, or checked, by `makers`, the engine and versions of now.
+    None need be where all rows of this cache were made, or found equal, by `makers`, the engine and versions of now.
     Raises CacheError, naming both, where a row's cosine with its copy in the cache is below `MIN_COSINE`.
     """
-    made_by = [run.makers for run in catalogue.provenance]
     held = [key for key in wanted if key in slots.held]
-    if not held or dict(makers) in made_by:
+    if not held or vouch(catalogue.provenance, makers):
         return 0
+    made_by = [run.makers for run in catalogue.provenance if run.makers != dict(makers)]
     chosen = derive_rng(0, "parity").permutation(len(held))[:N_SAMPLED].tolist()
     pending = [PendingView(slot, *wanted[held[i]]) for slot, i in enumerate(chosen)]
     stored = slots.take([held[i] for i in chosen])
@@ -54,6 +59,31 @@ def check_parity(
                 "the folder to make it anew, or name another --cache-dir"
             )
     return len(pending)
+
+
+def trusted_neighbours(
+    cache_dir: Path,
+    embedder: Embedder,
+    wanted: Mapping[RowKey, tuple[int, int]],
+    *,
+    dim: int,
+    makers: Mapping[str, str],
+    beside: Path | None = None,
+) -> Iterator[tuple[Neighbour, int]]:
+    """Yield the caches that hold rows of `wanted`, and how many rows of each were checked; see `find_neighbours`.
+
+    One whose rows this machine would make otherwise is named in a warning and passed over.
+    """
+    for neighbour in find_neighbours(cache_dir, embedder.spec, wanted, dim=dim, beside=beside):
+        here = {key: wanted[key] for key in neighbour.keys}
+        try:
+            n_checked = check_parity(
+                neighbour.folder, neighbour.catalogue, neighbour.slots, embedder, here, makers=makers
+            )
+        except CacheError as error:
+            logger.warning("computed instead of taken from there: %s", error)
+            continue
+        yield neighbour, n_checked
 
 
 def _cosine(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> float:

@@ -42,8 +42,17 @@ class Plan:
 
 
 def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[int], n_views: int) -> Plan:
-    """Join the views of the readable rows with the cache's slots; `unfinished` are the shards still open to rows."""
+    """Join the views of the readable rows with the cache's slots; `unfinished` are the shards still open to rows.
+
+    Raises DataError where the images are so many copies of so few that no cache may hold their rows.
+    """
     wanted = wanted_rows(manifest, n_views)
+    n_readable = int(manifest.is_readable().sum())
+    if n_readable * n_views > MAX_ROWS_PER_SLOT * len(wanted):
+        raise DataError(
+            f"{manifest.root}: {n_readable} images are copies of {len(wanted) // n_views} different ones, more than "
+            f"{MAX_ROWS_PER_SLOT} of each; remove some copies"
+        )
     open_slots = np.flatnonzero(~slots.valid & np.isin(slots.shard, list(unfinished)))
     planned = dict(zip(row_keys(slots.digest[open_slots], slots.view[open_slots]), open_slots.tolist(), strict=True))
     pending: dict[int, list[PendingView]] = {}
@@ -62,19 +71,11 @@ def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[
 
 
 def wanted_rows(manifest: Manifest, n_views: int) -> dict[RowKey, tuple[int, int]]:
-    """Return {key: (the first readable row of that content, view)}, in the order of the rows and then of the views.
-
-    Raises DataError where the images are so many copies of so few that no cache may hold their rows.
-    """
+    """Return {key: (the first readable row of that content, view)}, in the order of the rows and then of the views."""
     readable = np.flatnonzero(manifest.is_readable())
     views = np.tile(np.arange(n_views, dtype=np.uint8), len(readable))
     rows = np.repeat(readable, n_views)
     wanted: dict[RowKey, tuple[int, int]] = {}
     for key, row, view in zip(row_keys(manifest.digests[rows], views), rows.tolist(), views.tolist(), strict=True):
         wanted.setdefault(key, (row, view))
-    if len(rows) > MAX_ROWS_PER_SLOT * len(wanted):
-        raise DataError(
-            f"{manifest.root}: {len(readable)} images are copies of {len(wanted) // n_views} different ones, more than "
-            f"{MAX_ROWS_PER_SLOT} of each; remove some copies"
-        )
     return wanted

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypedDict
 
 import numpy as np
 
-from transfercache.cache.neighbours import Neighbour, find_neighbours
+from transfercache.cache.neighbours import Neighbour
 from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, OK, Rows
 from transfercache.cache.shard import ShardWriter
 from transfercache.cache.slots import RowKey, Slots, row_keys
 from transfercache.cache.store import Store
 from transfercache.cache.upkeep import replace_shards
-from transfercache.errors import CacheError
+from transfercache.errors import CacheError, ResourceError
 from transfercache.extract.loop import Embedder, PendingView, fill_shard
-from transfercache.extract.parity import check_parity
+from transfercache.extract.parity import check_parity, trusted_neighbours
 from transfercache.extract.plan import NEW_SHARD, Plan, plan_extraction
 from transfercache.images.manifest import Manifest
 
@@ -76,15 +76,16 @@ class ExtractionRun:
         store = self.store
         slots = self._slots()
         plan = self._plan(slots)
-        if plan.n_pending or self._unfinished() or (self.prove and store.damaged()):
+        if plan.n_pending or self._unfinished() or slots.damaged:
             return None
         rows = self._rows(slots, {})
         if not store.has_published(rows, **self._names()):
             return None
         self._check_parity(slots, plan)
-        outcome = self._outcome(plan, slots, bad=_bad(rows))
-        if self._n_checked and os.access(store.folder, os.W_OK):
-            with store.writing():
+        outcome = Outcome(0, plan.n_held, self._n_checked, _bad(rows))
+        if self._n_checked:
+            # On a read-only disk, or beside a writer, the next run checks again.
+            with suppress(ResourceError), store.writing():
                 store.record(self.describe_run(outcome))
         return outcome
 
@@ -96,19 +97,24 @@ class ExtractionRun:
             # Before anything is recorded: a record by these makers would vouch for all rows.
             self._check_parity(before, plan)
             try:
-                reasons = self._fill(plan)
+                return self._fill_and_publish(plan, before)
             except BaseException:
-                store.record(self.describe_run(self._outcome(plan, before, bad={})))
+                store.record(self.describe_run(self._outcome(plan, before, self._slots(), bad={})))
                 raise
-            for shard in self._unfinished():
+
+    def _fill_and_publish(self, plan: Plan, before: Slots) -> Outcome:
+        store = self.store
+        reasons = self._fill(plan)
+        for shard in self._unfinished():
+            if shard not in before.damaged:
                 store.finish_shard(shard)
-            rows = self._rows(self._slots(), reasons)
-            outcome = self._outcome(plan, before, bad=_bad(rows))
-            run = self.describe_run(outcome)
-            if not store.publish(rows, run=run, **self._names()) and self._n_checked:
-                store.record(run)
-            if self.prove:
-                replace_shards(store, store.damaged())
+        after = self._slots()
+        rows = self._rows(after, reasons)
+        outcome = self._outcome(plan, before, after, bad=_bad(rows))
+        run = self.describe_run(outcome)
+        if not store.publish(rows, run=run, **self._names()) and self._n_checked:
+            store.record(run)
+        replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
         return outcome
 
     def _slots(self) -> Slots:
@@ -134,64 +140,63 @@ class ExtractionRun:
     def _plan(self, slots: Slots) -> Plan:
         return plan_extraction(self.embedder.manifest, slots, unfinished=self._unfinished(), n_views=self.n_views)
 
-    def _outcome(self, plan: Plan, before: Slots, *, bad: dict[int, str]) -> Outcome:
-        n_new = int(self._slots().valid.sum() - before.valid.sum())
+    def _outcome(self, plan: Plan, before: Slots, after: Slots, *, bad: dict[int, str]) -> Outcome:
+        n_new = int(after.valid.sum() - before.valid.sum())
         return Outcome(n_new - self._n_copied, plan.n_held + self._n_copied, self._n_checked, bad)
 
     def _fill(self, plan: Plan) -> dict[int, str]:
         """Fill the planned slots from the caches beside this one, and from the images; returns {row: why it is bad}."""
-        keys = {key for pending in plan.pending.values() for key in self._keys(pending)}
-        folder = self.store.folder
-        found = find_neighbours(folder.parent, self.embedder.spec, keys, beside=folder)
-        neighbours = [neighbour for neighbour in found if self._trusts(neighbour, plan)]
+        neighbours = list(self._neighbours(plan))
         reasons: dict[int, str] = {}
         for planned, pending in plan.pending.items():
             shard = planned
             if planned == NEW_SHARD:
                 shard = self.store.begin_shard(plan.new_digests, plan.new_views, batch_size=self.batch_size)
             with self.store.writer(shard) as writer:
-                left = list(pending)
+                left = dict(zip(self._keys(pending), pending, strict=True))
                 for neighbour in neighbours:
-                    left = self._copy(writer, left, neighbour)
+                    self._copy(writer, left, neighbour)
                 # An interrupted shard keeps the grid it was begun with, so that its rows are bit-identical.
                 batch_size = self.store.entry(shard).batch_size
-                reasons |= fill_shard(writer, left, self.embedder, batch_size=batch_size)
+                reasons |= fill_shard(writer, list(left.values()), self.embedder, batch_size=batch_size)
         return reasons
 
     def _keys(self, pending: Sequence[PendingView]) -> list[RowKey]:
         digests = self.embedder.manifest.digests[[item.row for item in pending]]
         return row_keys(digests, np.array([item.view for item in pending], dtype=np.uint8))
 
-    def _trusts(self, neighbour: Neighbour, plan: Plan) -> bool:
-        wanted = {key: plan.wanted[key] for key in neighbour.keys}
-        try:
-            self._n_checked += check_parity(
-                neighbour.folder, neighbour.catalogue, neighbour.slots, self.embedder, wanted, makers=self.makers
-            )
-        except CacheError as error:
-            logger.warning("computed instead of taken from there: %s", error)
-            return False
-        return True
+    def _neighbours(self, plan: Plan) -> Iterator[Neighbour]:
+        keys = [key for pending in plan.pending.values() for key in self._keys(pending)]
+        store = self.store
+        found = trusted_neighbours(
+            store.folder.parent,
+            self.embedder,
+            {key: plan.wanted[key] for key in keys},
+            dim=store.catalogue.dim,
+            makers=self.makers,
+            beside=store.folder,
+        )
+        for neighbour, n_checked in found:
+            self._n_checked += n_checked
+            yield neighbour
 
-    def _copy(self, writer: ShardWriter, pending: list[PendingView], neighbour: Neighbour) -> list[PendingView]:
-        """Copy the rows that a neighbour holds; returns those of `pending` that are still missing."""
-        from_there = set(neighbour.keys)
-        found = [(key, item) for key, item in zip(self._keys(pending), pending, strict=True) if key in from_there]
-        copied: set[PendingView] = set()
+    def _copy(self, writer: ShardWriter, left: dict[RowKey, PendingView], neighbour: Neighbour) -> None:
+        """Copy the rows of `left` that a neighbour holds, and take them out of it."""
+        found = [key for key in neighbour.keys if key in left]
+        n_copied = 0
         try:
             with self.embedder.watch.stage("copy"):
                 for start in range(0, len(found), _ROWS_PER_COPY):
-                    block = found[start : start + _ROWS_PER_COPY]
-                    features = neighbour.slots.take([key for key, _ in block])
-                    writer.write(np.array([item.slot for _, item in block], dtype=np.int64), features)
-                    copied.update(item for _, item in block)
+                    keys = found[start : start + _ROWS_PER_COPY]
+                    features = neighbour.slots.take(keys)
+                    writer.write(np.array([left.pop(key).slot for key in keys], dtype=np.int64), features)
+                    n_copied += len(keys)
         except CacheError as error:
             logger.warning("computed instead of taken from there: %s", error)
-        if copied:
+        if n_copied:
             writer.commit()
-            self._n_copied += len(copied)
-            self.store.record(*neighbour.shares(len(copied)))
-        return [item for item in pending if item not in copied]
+            self._n_copied += n_copied
+            self.store.record(*neighbour.shares(n_copied))
 
 
 def place_rows(manifest: Manifest, slots: Slots, reasons: Mapping[int, str], *, n_views: int) -> Rows:
