@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from transfercache.backbones.engines import EagerEngine
 from transfercache.commands.extract import Extraction, extract_features
 from transfercache.commands.finetune import FinetuneOutcome, finetune
 from transfercache.commands.inputs import finish_manifest
@@ -248,3 +250,25 @@ def _split_of(pets: Path) -> dict[str, str]:
         read_source(pets), labels=None, val_fraction=0.2, split_seed=0, known={}, scanned_ns=0, watch=Stopwatch()
     )
     return {path: Split(split).name.lower() for path, split in zip(manifest.paths, manifest.split, strict=True)}
+
+
+def test_predict__rows_of_other_versions__are_computed_where_they_do_not_agree(
+    extraction: Extraction, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    head = train_head(extraction, C=1.0, out=tmp_path / "head").head
+    expected = predict(head, [pets], cache_dir=extraction.cache.parent).images
+    monkeypatch.setattr("transfercache.commands.predict.installed_versions", lambda: {"torch": "99"})
+    assert predict(head, [pets], cache_dir=extraction.cache.parent).images == expected
+    assert caplog.messages == []
+    embed = EagerEngine.embed
+
+    def embed_otherwise(engine: EagerEngine, pixels: np.ndarray) -> np.ndarray:
+        features = embed(engine, pixels)
+        # The four canaries, which are checked as well, are let through.
+        return features if len(pixels) == 4 else features[:, ::-1].copy()
+
+    monkeypatch.setattr(EagerEngine, "embed", embed_otherwise)
+    turned = predict(head, [pets], cache_dir=extraction.cache.parent).images
+    assert [image.probability for image in turned] != [image.probability for image in expected]
+    (message,) = caplog.messages
+    assert message.startswith(f"computed instead of taken from there: {extraction.cache}: made by engine eager, ")

@@ -16,7 +16,7 @@ from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.cache.upkeep import prune
 from transfercache.cache.verify import verify_folder
-from transfercache.errors import CacheError
+from transfercache.errors import CacheError, ResourceError
 from transfercache.spec import ExtractSpec
 
 Draw = Callable[[Path, int], None]
@@ -438,3 +438,29 @@ def test_prove__an_unfinished_shard_that_cannot_be_read__is_replaced(
     assert (outcome.computed, outcome.reused) == (10, 0)
     assert verify_folder(extractor.folder).problems == ()
     assert [entry.number for entry in Store(extractor.folder).catalogue.shards] == [1]
+
+
+def test_read_only_cache__with_a_bad_image_and_new_times__is_used(
+    extractor: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (photos / "cat/2.png").write_bytes(b"no image")
+    extractor.run()
+    before = {path: path.read_bytes() for path in extractor.folder.iterdir()}
+    for path in photos.glob("*/*.png"):  # copied again: another inode, another time
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ResourceError("read-only")
+
+    monkeypatch.setattr("transfercache.cache.store.locked", refuse)
+    with pytest.raises(ResourceError):  # where it may be written, the bad image is tried again
+        extractor.run()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    outcome = extractor.run()
+    assert (outcome.computed, outcome.reused, outcome.bad) == (0, 9, {2: "not an image (it starts like text)"})
+    assert {path: path.read_bytes() for path in extractor.folder.iterdir()} == before
+    (photos / "cat/3.png").rename(photos / "cat/renamed.png")
+    with pytest.raises(ResourceError):  # that could not be kept
+        extractor.run()

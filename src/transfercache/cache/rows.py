@@ -109,6 +109,13 @@ class Rows:
         """The row of the manifest that each entry belongs to, int64 [R]: every one begins with its view 0."""
         return np.cumsum(self.view == 0, dtype=np.int64) - 1
 
+    def has_same_content(self, other: Rows) -> bool:
+        """Whether these rows differ from `other` at most in what the file system says of their files."""
+        names = {"path", "reason", *_ARRAYS} - {"size", "mtime_ns", "ctime_ns", "inode"}
+        return len(self) == len(other) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in sorted(names)
+        )
+
     def known_files(self) -> dict[str, tuple[int, int, int, int, bytes]]:
         """Return size, mtime_ns, ctime_ns, inode and content digest by path, where the content is known."""
         first = np.flatnonzero((self.view == 0) & self.digest.any(axis=1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,10 @@ class Plan:
     pending: dict[int, list[PendingView]]  # shard, or NEW_SHARD -> slots to fill
     new_digests: npt.NDArray[np.uint8]  # uint8 [n, 32] of the new shard, in slot order
     new_views: npt.NDArray[np.uint8]  # uint8 [n]
+
+    def items(self) -> Iterator[PendingView]:
+        """Yield all that is missing."""
+        return chain.from_iterable(self.pending.values())
 
     @property
     def n_pending(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -76,10 +77,14 @@ class ExtractionRun:
         store = self.store
         slots = self._slots()
         plan = self._plan(slots)
-        if plan.n_pending or self._unfinished() or slots.damaged:
+        # On a read-only disk bad images are not tried again, and times that have changed are not kept.
+        published = None if os.access(store.folder, os.W_OK) else store.rows()
+        known_bad = {} if published is None else _known_bad(self.embedder.manifest, published)
+        if self._unfinished() or slots.damaged or any(item.row not in known_bad for item in plan.items()):
             return None
-        rows = self._rows(slots, {})
-        if not store.has_published(rows, **self._names()):
+        rows = self._rows(slots, known_bad)
+        is_same = published is not None and rows.has_same_content(published)
+        if not is_same and not store.has_published(rows, **self._names()):
             return None
         self._check_parity(slots, plan)
         outcome = Outcome(0, plan.n_held, self._n_checked, _bad(rows))
@@ -166,7 +171,7 @@ class ExtractionRun:
         return row_keys(digests, np.array([item.view for item in pending], dtype=np.uint8))
 
     def _neighbours(self, plan: Plan) -> Iterator[Neighbour]:
-        keys = [key for pending in plan.pending.values() for key in self._keys(pending)]
+        keys = self._keys(list(plan.items()))
         store = self.store
         found = trusted_neighbours(
             store.folder.parent,
@@ -231,6 +236,13 @@ def place_rows(manifest: Manifest, slots: Slots, reasons: Mapping[int, str], *, 
         shard=np.append(slots.shard, np.int32(-1))[at],
         slot=np.append(slots.slot, -1)[at],
     )
+
+
+def _known_bad(manifest: Manifest, published: Rows) -> dict[int, str]:
+    """Return {manifest row: reason} of the images whose bytes were found bad when these rows were published."""
+    bad = {published.digest[i].tobytes(): published.reason[i] for i in np.flatnonzero(published.status == BAD)}
+    found = ((row, bad.get(digest.tobytes())) for row, digest in enumerate(manifest.digests))
+    return {row: reason for row, reason in found if reason is not None}
 
 
 def _bad(rows: Rows) -> dict[int, str]:
