@@ -178,9 +178,10 @@ def main(*, n_rows: int, dim: int, repeats: int, folder: str | None) -> dict[str
     """Measure and return what is printed."""
     features = np.random.default_rng(0).standard_normal((n_rows, dim)).astype(np.float32)
     with tempfile.TemporaryDirectory(dir=folder) as where:
+        path = Path(where).resolve()
         figures = {
-            "write": measure_writing(Path(where), features, repeats=repeats),
-            **measure_reading(Path(where), features, repeats=repeats),
+            "write": measure_writing(path, features, repeats=repeats),
+            **measure_reading(path, features, repeats=repeats),
         }
     return {"rows": n_rows, "dim": dim, "n": repeats, **figures, "environment": describe_environment()}
 

@@ -27,16 +27,16 @@ from .forks import BACKBONE, Call, Command, Ended, Forks
 LAYING_OUT = "laying out"  # until the first row
 WRITING = "writing"  # some rows of the shard are there
 VERIFYING = "verifying"  # all are, and it is not finished yet
-RENAMING = "renaming"  # the catalogue that says that it is finished lies beside the one in force, or has replaced it
-PUBLISHING = "publishing"  # it is finished and read-only; the new rows are not in force
+PUBLISHING = "publishing"  # the new rows file lies there, and is not in force
+RENAMING = "renaming"  # so does the catalogue that names it and says that the shard is finished
 DONE = "done"  # after the last rename
-PHASES = (LAYING_OUT, WRITING, VERIFYING, RENAMING, PUBLISHING, DONE)
+PHASES = (LAYING_OUT, WRITING, VERIFYING, PUBLISHING, RENAMING, DONE)
 IN_BETWEEN = PHASES[1:-1]
 
 # Kills by scenario: a tenth of the two hundred and more of --campaign.
 N_KILLS = {"fresh": 10, "changed": 8, "neighbour": 6}
 # Each kill aims at the phase that is furthest behind its share of the kills so far.
-SHARES = {LAYING_OUT: 0.12, WRITING: 0.36, VERIFYING: 0.16, RENAMING: 0.16, PUBLISHING: 0.2}
+SHARES = {LAYING_OUT: 0.12, WRITING: 0.36, VERIFYING: 0.16, PUBLISHING: 0.2, RENAMING: 0.16}
 # A call takes microseconds, or a millisecond where it syncs, and is held up for half a millisecond before: a kill comes
 # while it waits, inside it, or soon after it.
 MAX_DELAY_SECONDS = 0.001
@@ -76,13 +76,15 @@ class Scenario:
     def aims(self) -> dict[str, range]:
         """The lines of the extractor's report to kill it at, by phase."""
         row_writes = [i for i, call in enumerate(self.calls) if _slots_of(call, self.entry) and i > self._shard_named]
-        replaced = [i for i, call in enumerate(self.calls) if Path(call.target).name == FILE_NAME]
-        protected = max(i for i, call in enumerate(self.calls) if call.name == "fchmod")
-        marked = max(i for i in replaced if i < protected and self.calls[i].is_before)
-        synced = max(i for i in range(marked) if self.calls[i].name == "fsync" and self.calls[i].is_before)
-        last_rename = max(i for i in replaced if self.calls[i].is_before)
-        ends = [0, row_writes[0], row_writes[-1], synced, protected, last_rename]
+        renamed = [i for i, call in enumerate(self.calls) if call.name == "replace" and call.is_before]
+        rows_renamed, last_rename = renamed[-2:]
+        assert Path(self.calls[last_rename].target).name == FILE_NAME
+        rows_synced, catalogue_synced = (self._last_sync(before=i) for i in (rows_renamed, last_rename))
+        ends = [0, row_writes[0], row_writes[-1], rows_synced, catalogue_synced, last_rename]
         return {phase: range(*ends[i : i + 2]) for i, phase in enumerate(SHARES)}
+
+    def _last_sync(self, *, before: int) -> int:
+        return max(i for i in range(before) if self.calls[i].name == "fsync" and self.calls[i].is_before)
 
     @property
     def _shard_named(self) -> int:
@@ -101,13 +103,16 @@ class Scenario:
             return LAYING_OUT
         if now.rows == self.catalogue.rows:
             return DONE
-        path = folder / entry.file
-        if entry.finished:
-            return RENAMING if path.stat().st_mode & 0o222 else PUBLISHING
-        written = ShardReader(path, entry).written()
+        assert not entry.finished
+        written = ShardReader(folder / entry.file, entry).written()
         if not written.all():
             return WRITING if written.any() else LAYING_OUT
-        return RENAMING if any(folder.glob(f".{FILE_NAME}.*.tmp")) else VERIFYING
+        if any(folder.glob(f".{FILE_NAME}.*.tmp")):
+            return RENAMING
+        rows = self.catalogue.rows
+        assert rows is not None
+        is_there = (folder / rows.file).exists() or any(folder.glob(f".{rows.file}.*.tmp"))
+        return PUBLISHING if is_there else VERIFYING
 
 
 @dataclass

@@ -300,17 +300,23 @@ class Store:
 
     def _tidy(self) -> None:
         """Remove our files that the catalogue does not name, and make those read-only that it calls finished."""
-        shards = {entry.file: entry for entry in self.catalogue.shards}
-        in_force = {*shards, self.catalogue.rows.file if self.catalogue.rows else ""}
         with resource_errors(self.folder):
-            for path in self.folder.iterdir():
-                if REPLACEABLE.fullmatch(path.name) and path.name not in in_force and not path.is_dir():
-                    path.unlink()
-            for entry in shards.values():
+            for path in self._leftovers():
+                path.unlink()
+            for entry in self.catalogue.shards:
                 path = self.folder / entry.file
                 # What is no file of ours is refused when it is read, and replaced when the cache is mended.
                 if entry.finished and path.is_file() and not path.is_symlink():
                     _protect(path)
+
+    def is_tidy(self) -> bool:
+        """Whether no crash has left a file here that the catalogue does not name."""
+        return not self._leftovers()
+
+    def _leftovers(self) -> list[Path]:
+        in_force = {entry.file for entry in self.catalogue.shards} | {getattr(self.catalogue.rows, "file", "")}
+        ours = (path for path in self.folder.iterdir() if REPLACEABLE.fullmatch(path.name))
+        return [path for path in ours if path.name not in in_force and not path.is_dir()]
 
 
 def _rows_entry(data: bytes) -> RowsEntry:

@@ -78,7 +78,10 @@ class ExtractionRun:
         slots = self._slots()
         plan = self._plan(slots)
         # On a read-only disk bad images are not tried again, and times that have changed are not kept.
-        published = None if os.access(store.folder, os.W_OK) else store.rows()
+        is_writable = os.access(store.folder, os.W_OK)
+        if is_writable and not store.is_tidy():
+            return None
+        published = None if is_writable else store.rows()
         known_bad = {} if published is None else _known_bad(self.embedder.manifest, published)
         if self._unfinished() or slots.damaged or any(item.row not in known_bad for item in plan.items()):
             return None
