@@ -230,7 +230,7 @@ def test_publish__nothing_new_changes_nothing(finished: Path, extraction: Any) -
 
 
 def _with_exchanged_features(extraction: Any) -> Rows:
-    return extraction.rows(slot=np.array([1, 0, *range(2, 10)]))  # type: ignore[no-any-return]
+    return extraction.rows(slot=np.array([1, 0, *range(2, 10)]))
 
 
 def _with_a_view_that_no_slot_holds(extraction: Any) -> Rows:

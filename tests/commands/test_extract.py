@@ -313,7 +313,7 @@ def test_storage_dtype__is_another_cache_that_train_head_finds(pets: Path, tmp_p
     assert (full.cache == half.cache, full.computed) == (False, 16)
     assert train_head(pets, **words, C=1.0, out=tmp_path / "b").cache == full.cache
     with pytest.raises(UsageError, match="--storage-dtype 'int8' is none of auto, float32, float16"):
-        extract_features(pets, **words, storage_dtype="int8")  # type: ignore[arg-type]
+        extract_features(pets, **words, storage_dtype="int8")
 
 
 def test_other_versions__are_checked_and_told(pets: Path, monkeypatch: pytest.MonkeyPatch) -> None:

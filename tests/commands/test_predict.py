@@ -100,7 +100,7 @@ def test_predict__of_data_that_has_changed__computes_only_what_is_new(
     model = load(head)
     engine, seen = model.engine, []
     embed = engine.embed
-    engine.embed = lambda pixels: seen.append(len(pixels)) or embed(pixels)  # type: ignore[method-assign]
+    engine.embed = lambda pixels: seen.append(len(pixels)) or embed(pixels)
     result = model.predict(data, cache_dir=tmp_path / "cache")
     # 00-cat.png and new-dog.png in one batch; the copy's bytes are known.
     assert seen == [2]

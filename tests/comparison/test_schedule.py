@@ -36,7 +36,7 @@ class Recorded:
             run=run,
             options=lambda setting: {},
             work=None if work is None else lambda setting: Work(work, 0),
-            **changes,  # type: ignore[arg-type]
+            **changes,
         )
 
 

@@ -24,7 +24,7 @@ NEWER = {"torch": "3.0", "pillow": "12.0"}
 def turned(make_engine: Any) -> Any:
     """Returns an engine of mean colours that turns every embedding by an angle: cosine = cos(degrees)."""
 
-    class Turned(make_engine):  # type: ignore[misc]
+    class Turned(make_engine):
         def __init__(self, degrees: float = 0.0) -> None:
             super().__init__()
             self.degrees = degrees
@@ -109,7 +109,7 @@ def test_at_most_eight_rows__are_computed_again(extractor: Any, photos: Path) ->
     extractor.run()
     extractor.versions = NEWER
 
-    class Constant(type(extractor.engine)):  # type: ignore[misc]
+    class Constant(type(extractor.engine)):
         """Gives what the cache holds, whatever the batch."""
 
         def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -202,3 +202,20 @@ def test_vouch(four: Any, runs: list[tuple[str, int, int]], makers: str, expecte
     (made,) = Store(four.folder).catalogue.provenance
     records = [replace(made, engine=by, computed=computed, checked=checked) for by, computed, checked in runs]
     assert vouch(records, {**made.makers, "engine": makers}) == expected
+
+
+def test_check_of_a_neighbour__does_not_vouch_for_rows_of_this_cache(
+    four: Any, turned: Any, photos: Path, tmp_path: Path, draw: Any
+) -> None:
+    # This cache has rows of older versions, none of which is wanted; a neighbour's, of the same versions, are.
+    other = type(four)(tmp_path / "other", four.cache_dir)
+    draw(other.data / "cat/new.png", 60)
+    draw(other.data / "cat/newer.png", 61)
+    other.run(turned())
+    for path in photos.glob("*/*.png"):
+        path.unlink()
+    shutil.copytree(other.data / "cat", photos / "cat", dirs_exist_ok=True)
+    outcome = four.run(turned())
+    assert (outcome.computed, outcome.reused, outcome.checked) == (0, 2, 0)
+    assert not vouch(Store(four.folder).catalogue.provenance, {"engine": "positioned", **NEWER})
+    assert four.run(turned()).checked == 2  # at the next run they are its own

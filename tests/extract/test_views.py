@@ -167,7 +167,7 @@ def test_storage_dtype__float16_is_the_rounded_row_in_half_the_bytes(extractor: 
 def test_storage_dtype__a_value_that_overflows_names_the_image(
     extractor: Any, make_engine: Any, photos: Path, draw: Draw
 ) -> None:
-    class Loud(make_engine):  # type: ignore[misc]
+    class Loud(make_engine):
         """Gives the brightest of each batch's images a value beyond float16."""
 
         def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -188,7 +188,7 @@ def test_storage_dtype__a_value_that_overflows_names_the_image(
 
 
 def test_storage_dtype__a_row_that_vanishes_names_the_image(extractor: Any, make_engine: Any) -> None:
-    class Faint(make_engine):  # type: ignore[misc]
+    class Faint(make_engine):
         def embed(self, pixels: np.ndarray) -> np.ndarray:
             return np.full_like(super().embed(pixels), 1e-9)
 

@@ -218,7 +218,7 @@ def test_decode_image__ycck_jpeg() -> None:
     # Adobe stores the complement of CMYK, and turns its first three to YCbCr: red is the YCbCr of cyan, and K 255.
     # Pillow writes no YCCK, so these values are saved as if they were CMYK (complemented by Pillow), with the colour
     # transform of the Adobe segment then set to 2.
-    y, cb, cr = Image.new("RGB", (1, 1), (0, 255, 255)).convert("YCbCr").getpixel((0, 0))  # type: ignore[misc]
+    y, cb, cr = Image.new("RGB", (1, 1), (0, 255, 255)).convert("YCbCr").getpixel((0, 0))
     planes = Image.new("CMYK", (16, 16), (255 - y, 255 - cb, 255 - cr, 0))
     data = bytearray(encode(planes, "JPEG", quality=100))
     data[data.index(b"Adobe") + 11] = 2

@@ -222,6 +222,8 @@ def extract_features(
         views=(views, None),
         storage_dtype=(storage_dtype, config.STORAGE_DTYPE),
         cache_dir=(cache_dir, None),
+        val_fraction=(val_fraction, config.VAL_FRACTION),
+        split_seed=(split_seed, config.SPLIT_SEED),
     )
     return replace(result, next_command=("tlc", "extract-features", str(data), *gather))
 

@@ -112,7 +112,7 @@ class ExtractionRun:
 
     def _fill_and_publish(self, plan: Plan, before: Slots) -> Outcome:
         store = self.store
-        reasons = self._fill(plan)
+        reasons = self._fill(plan, before)
         for shard in self._unfinished():
             if shard not in before.damaged:
                 store.finish_shard(shard)
@@ -152,9 +152,9 @@ class ExtractionRun:
         n_new = int(after.valid.sum() - before.valid.sum())
         return Outcome(n_new - self._n_copied, plan.n_held + self._n_copied, self._n_checked, bad)
 
-    def _fill(self, plan: Plan) -> dict[int, str]:
+    def _fill(self, plan: Plan, before: Slots) -> dict[int, str]:
         """Fill the planned slots from the caches beside this one, and from the images; returns {row: why it is bad}."""
-        neighbours = list(self._neighbours(plan))
+        neighbours = list(self._neighbours(plan, before))
         reasons: dict[int, str] = {}
         for planned, pending in plan.pending.items():
             shard = planned
@@ -173,7 +173,7 @@ class ExtractionRun:
         digests = self.embedder.manifest.digests[[item.row for item in pending]]
         return row_keys(digests, np.array([item.view for item in pending], dtype=np.uint8))
 
-    def _neighbours(self, plan: Plan) -> Iterator[Neighbour]:
+    def _neighbours(self, plan: Plan, before: Slots) -> Iterator[Neighbour]:
         keys = self._keys(list(plan.items()))
         store = self.store
         found = trusted_neighbours(
@@ -184,8 +184,10 @@ class ExtractionRun:
             makers=self.makers,
             beside=store.folder,
         )
+        # The record of a check vouches for all rows of this cache: it is none where its own could not be checked.
+        is_vouched = bool(self._n_checked) or not before.valid.any()
         for neighbour, n_checked in found:
-            self._n_checked += n_checked
+            self._n_checked += n_checked if is_vouched else 0
             yield neighbour
 
     def _copy(self, writer: ShardWriter, left: dict[RowKey, PendingView], neighbour: Neighbour) -> None:
