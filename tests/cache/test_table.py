@@ -5,13 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.cache.table import FeatureTable
 
 
 def _table(extraction: Any, **changes: Any) -> FeatureTable:
     n = extraction.n_images
     values: dict[str, Any] = {
-        "features": extraction.features,
+        "blocks": ArrayBlocks(extraction.features),
         "labels": extraction.label,
         "split": extraction.split,
         "view": np.zeros(n, np.uint8),
@@ -40,8 +41,6 @@ def test_subset__mask_and_index(extraction: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": np.zeros((10, 6))}, "features must be C-contiguous float32"),
-        ({"features": np.zeros((6, 10), np.float32).T}, "features must be C-contiguous"),
         ({"labels": np.zeros(9, np.int64)}, r"labels must be int64 \[10\], got int64 \(9,\)"),
         ({"split": np.zeros(10, np.int64)}, "split must be uint8"),
         ({"labels": np.full(10, 2)}, "labels must lie between -1 and 1"),

@@ -17,6 +17,7 @@ from PIL import Image
 
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.cache.table import FeatureTable
 from transfercache.comparison.results import RunResult, Seconds
 from transfercache.comparison.rows import ComparedRows, load_pixels, select_rows
@@ -75,7 +76,7 @@ def embed(manifest: Manifest, backbone: Backbone) -> FeatureTable:
     """The features of all rows of a manifest, as a cache holds them."""
     pixels = load_pixels(manifest, lambda image: eval_pixels(image, backbone.preprocessing), workers=1)
     return FeatureTable(
-        features=EagerEngine(backbone, torch.device("cpu")).embed(pixels),
+        blocks=ArrayBlocks(EagerEngine(backbone, torch.device("cpu")).embed(pixels)),
         labels=manifest.labels,
         split=manifest.split,
         view=np.zeros(manifest.n_rows, dtype=np.uint8),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.cache.table import FeatureTable
 from transfercache.spec import ExtractSpec, Preprocessing
 
@@ -28,7 +29,7 @@ def make_table(spec: ExtractSpec) -> MakeTable:
     ) -> FeatureTable:
         n_rows = len(labels)
         return FeatureTable(
-            features=np.ascontiguousarray(features, dtype=np.float32),
+            blocks=ArrayBlocks(np.ascontiguousarray(features, dtype=np.float32)),
             labels=np.asarray(labels, dtype=np.int64),
             split=np.ones(n_rows, np.uint8),
             view=np.tile(np.arange(views, dtype=np.uint8), n_rows // views),

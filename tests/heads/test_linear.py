@@ -10,6 +10,7 @@ import torch
 
 from transfercache.heads import linear
 from transfercache.heads.fit import fit_head
+from transfercache.heads.minibatches import minibatches
 
 
 def test_linear__lbfgs_ends_at_the_unpenalised_optimum(make_table, overlapping, monkeypatch):
@@ -63,9 +64,12 @@ def test_linear__steps_and_epochs_follow_the_number_of_rows(n_rows, batches, epo
 
 def test_linear__small_steps_run_on_one_thread_and_give_the_rest_back(make_table, overlapping, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        linear.torch, "randperm", lambda *a, **k: seen.append(torch.get_num_threads()) or torch.arange(*a)
-    )
+
+    def watched(rows, n_batches, rng):
+        seen.append(torch.get_num_threads())
+        return minibatches(rows, n_batches, rng)
+
+    monkeypatch.setattr(linear, "minibatches", watched)
     before = torch.get_num_threads()
     fit_head(make_table(*overlapping, group=np.zeros(300)), solver="linear")
     assert set(seen) == {1}

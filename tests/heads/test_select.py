@@ -3,9 +3,9 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import pytest
 
-from transfercache.heads.problem import Affine, Problem, Scale, Settings
+from transfercache.cache.blocks import ArrayBlocks
+from transfercache.heads.problem import Affine, Problem, Settings
 from transfercache.heads.select import make_folds, mean_held_out_losses, row_losses, select
 
 
@@ -13,8 +13,9 @@ def make_problem(targets, component=None, *, weights=None, features=None) -> Pro
     targets = np.asarray(targets, dtype=np.int64)
     n_rows = len(targets)
     return Problem(
-        features=np.zeros((n_rows, 2), np.float32) if features is None else features,
+        blocks=ArrayBlocks(np.zeros((n_rows, 2), np.float32) if features is None else features),
         targets=targets,
+        n_targets=int(targets.max()) + 1,
         row_weights=np.ones(n_rows) if weights is None else weights,
         is_scored=np.ones(n_rows, dtype=bool),
         component=np.arange(n_rows) if component is None else np.asarray(component, dtype=np.int64),
@@ -70,7 +71,7 @@ def test_select__shows_each_fit_only_its_training_rows():
     folds = make_folds(problem)
 
     def fit_path(train):
-        seen.append(train.features[:, 0] / 2)
+        seen.append(train.blocks.read(0, 8)[:, 0] / 2)
         yield Affine(np.zeros((2, 2)), np.zeros(2))
 
     mean_held_out_losses(problem, folds, fit_path)
@@ -87,29 +88,3 @@ def test_select__nothing_to_hold_out_is_a_named_warning(caplog):
 def test_row_losses__do_not_overflow():
     losses = row_losses(np.array([[1000.0, 0.0], [1000.0, 0.0], [0.0, 0.0]]), np.array([0, 1, 0]))
     np.testing.assert_allclose(losses, [0, 1000, np.log(2)])
-
-
-def test_scale__equals_standard_scaler():
-    from sklearn.preprocessing import StandardScaler
-
-    features = np.random.default_rng(0).normal(5, [1e-3, 1, 1e4], (50, 3)).astype(np.float32)
-    features = np.hstack([features, np.full((50, 1), 0.1, np.float32)])
-    scale = Scale.of(features)
-    reference = StandardScaler().fit(features.astype(np.float64))
-    np.testing.assert_allclose(scale.apply(features), reference.transform(features.astype(np.float64)), atol=1e-9)
-    assert scale.deviation[3] == 1
-
-
-def test_scale__folds_back_into_raw_features():
-    rng = np.random.default_rng(1)
-    features = rng.normal(3, 2, (20, 4)).astype(np.float32)
-    weight, bias = rng.standard_normal((3, 4)), rng.standard_normal(3)
-    scale = Scale.of(features)
-    raw = scale.fold(weight, bias).logits(features.astype(np.float64))
-    np.testing.assert_allclose(raw, scale.apply(features) @ weight.T + bias, rtol=1e-10)
-
-
-@pytest.mark.parametrize("size", [1e-25, 1e20])
-def test_scale__survives_features_of_any_size(size):
-    features = (np.random.default_rng(2).standard_normal((30, 2)) * size).astype(np.float32)
-    np.testing.assert_allclose(Scale.of(features).apply(features).std(axis=0), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import compress
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, read_catalogue
 from transfercache.cache.plain_file import MEND, read_plain
 from transfercache.cache.provenance import Run
@@ -118,6 +120,11 @@ class Cache:
         Raises UsageError for an unknown split, DataError for one that the data does not have, and CacheError where a
         row fails its proof or is not finite.
         """
+        table = self.stored_table(split, labelled_only=labelled_only)
+        return replace(table, blocks=ArrayBlocks(table.features))
+
+    def stored_table(self, split: str | None = None, *, labelled_only: bool = False) -> FeatureTable:
+        """Return the same with its features left in the shards: they are proved when they are read, and may not fit."""
         rows = self.rows
         chosen = rows.status == OK
         if split is not None:
@@ -126,7 +133,7 @@ class Cache:
             chosen &= rows.label >= 0
         index = np.flatnonzero(chosen)
         return FeatureTable(
-            features=self._gather(index),
+            blocks=CacheBlocks(self, index),
             labels=rows.label[index],
             split=rows.split[index],
             view=rows.view[index],
@@ -160,8 +167,8 @@ class Cache:
         """The finished shards by number, mapped at the first read, so that each row is proved once."""
         return {s.number: ShardReader(self.folder / s.file, s) for s in self.catalogue.shards if s.finished}
 
-    def _gather(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return the proved features of the rows at `index`, float32 [N, D]."""
+    def read(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Return the features of `rows` at `index`, float32 [N, D]; raises CacheError where one fails its proof."""
         rows = self.rows
         numbers = rows.shard[index]
         parts = {}
@@ -185,3 +192,24 @@ class Cache:
         for at, taken in parts.values():
             features[at] = taken
         return features
+
+
+@dataclass(frozen=True, eq=False)
+class CacheBlocks:
+    """Rows of a cache, read from its shards each time; what was read does not stay mapped, so memory is bounded."""
+
+    cache: Cache
+    index: npt.NDArray[np.int64]  # [N], into the cache's rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """N and D."""
+        return len(self.index), self.cache.catalogue.dim
+
+    def read(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """Return float32 [stop - start, D]; raises CacheError where a row fails its proof or is not finite."""
+        return self.cache.read(self.index[start:stop])
+
+    def take(self, index: npt.NDArray[np.int64]) -> CacheBlocks:
+        """Return the rows at `index`, int64 [M], in that order, without reading them."""
+        return CacheBlocks(self.cache, self.index[index])

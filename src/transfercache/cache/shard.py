@@ -28,6 +28,8 @@ _DIGEST_BYTES = 1 << 20
 _METADATA_BYTES = 1 << 20
 # Rows proved at a time: their copy stays in the processor's cache.
 _BLOCK_ROWS = 512
+# Two megabytes of 512 features: what a minibatch reads stays mapped, what a block of a pass reads does not.
+_RELEASED_ROWS = 1024
 # Slot (two words), view (one) and content digest (eight) come before the features in the checksum.
 _HEAD_WORDS = 11
 
@@ -86,7 +88,7 @@ class ShardReader:
             least = max(entry.digests.length, end // MAX_HOLLOWNESS if entry.finished else 0)
             check_stored(path, descriptor, least, advice=MEND)
             try:
-                whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
+                self._whole = whole = mmap.mmap(descriptor, end, access=mmap.ACCESS_READ)
             except OSError as error:  # where `ulimit -v` bounds the address space
                 raise ResourceError(f"{path}: cannot be mapped ({error.strerror}); allow more address space") from error
 
@@ -94,6 +96,7 @@ class ShardReader:
             kind = np.dtype(dtype)
             return np.frombuffer(whole, kind, extent.length // kind.itemsize, extent.offset)
 
+        self._offset = entry.features.offset
         self.features = array(entry.features, STORAGE_DTYPES[entry.dtype]).reshape(entry.n_rows, entry.dim)
         self.digests = array(entry.digests, "u1").reshape(entry.n_rows, 32)  # uint8 [n, 32]
         self.views = array(entry.views, "u1")  # uint8 [n]
@@ -130,7 +133,17 @@ class ShardReader:
                     raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {MEND}")
                 self._proved[block] = True
                 self.is_finite[block] = _are_finite(rows)
+        self._release(slots)
         return taken
+
+    def _release(self, slots: npt.NDArray[np.int64]) -> None:
+        """Let go of the mapped pages of a large read, which would count as this process's memory, read after read."""
+        if len(slots) >= _RELEASED_ROWS:
+            first, n_rows = int(slots.min()), int(np.ptp(slots)) + 1
+            row_bytes = self.features.strides[0]
+            start = (self._offset + first * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            stop = self._offset + (first + n_rows) * row_bytes
+            self._whole.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def _copy(self, slots: npt.NDArray[np.int64], out: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         """Copy the rows at `slots` into `out`, float32 [M, D], in one pass; returns them as they are stored."""

@@ -14,10 +14,14 @@ from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int64Array, Problem, Settings, Solver
 
 #: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
-SOLVERS = ("logistic", "linear")
+SOLVERS = ("logistic", "ridge", "linear", "sklearn")
 KNN = "knn"
 #: Which of the settings each of them has.
-SETTINGS_OF = {"logistic": ("C", "class-weight"), "linear": ("class-weight", "optimizer"), KNN: ()}
+SETTINGS_OF = {
+    **dict.fromkeys(("logistic", "ridge", "sklearn"), ("C", "class-weight")),
+    "linear": ("class-weight", "optimizer"),
+    KNN: (),
+}
 
 #: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
 #: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.
@@ -30,6 +34,14 @@ def pick_solver(name: str) -> Solver:
         from transfercache.heads.logistic import fit_logistic
 
         return fit_logistic
+    if name == "ridge":
+        from transfercache.heads.ridge import fit_ridge
+
+        return fit_ridge
+    if name == "sklearn":
+        from transfercache.heads.sklearn_logistic import fit_sklearn
+
+        return fit_sklearn
     if name == "linear":
         from transfercache.heads.linear import fit_linear
 
@@ -51,11 +63,11 @@ def fit_head(
 ) -> LinearHead:
     """Fit a head to the labelled rows of `table`, which are all taken as training rows.
 
-    A setting that is None is config's; `C` belongs to `logistic`, `optimizer` to `linear`. `balanced` weighs a row by
-    n / (classes * rows of its class), as scikit-learn does, in the fit and in the choice alike. All views of an image
-    train, and weigh together as much as the image alone, so that C means the same whatever their number; held-out rows
-    are scored in view 0. A class without rows gets the probability 0. Raises UsageError for an unknown word or another
-    solver's setting, DataError below two classes with rows.
+    A setting that is None is config's; `C` belongs to all but `linear`, `optimizer` to `linear`. `balanced` weighs a
+    row by n / (classes * rows of its class), as scikit-learn does, in the fit and in the choice alike. All views of an
+    image train, and weigh together as much as the image alone, so that C means the same whatever their number; held-out
+    rows are scored in view 0. A class without rows gets the probability 0. Raises UsageError for an unknown word or
+    another solver's setting, DataError below two classes with rows.
     """
     fit = pick_solver(solver)
     check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
@@ -68,8 +80,9 @@ def fit_head(
     classes = _trainable_classes(table)
     targets = np.searchsorted(classes, table.labels).astype(np.int64)
     problem = Problem(
-        features=table.features,
+        blocks=table.blocks,
         targets=targets,
+        n_targets=len(classes),
         row_weights=_row_weights(targets, class_weight) / _views_of_row(table),
         is_scored=table.view == EVAL_VIEW,
         component=table.group,

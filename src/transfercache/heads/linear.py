@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch.nn import functional
 
-from transfercache.heads.problem import Affine, Chosen, Problem, Scale
+from transfercache.cache.blocks import in_order
+from transfercache.heads.minibatches import minibatches
+from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.heads.select import select
+from transfercache.heads.standardise import Standardised
 from transfercache.heads.threads import threads_for
-from transfercache.randomness import derive_seed
+from transfercache.randomness import derive_rng
 
 #: At least this many rows a step; more where an epoch would then take over STEPS_PER_EPOCH steps, up to the second.
 MIN_BATCH_SIZE, MAX_BATCH_SIZE = 32, 512
@@ -33,9 +37,9 @@ def fit_linear(problem: Problem) -> tuple[Affine, Chosen]:
     """Train from zero weights on standardised features for the number of epochs of lowest mean held-out log loss.
 
     Each fold is trained once and scored after every epoch; then all rows are trained on for the best number. An epoch
-    of `adamw` is a pass in shuffled minibatches at a constant rate, so that its curve does not depend on where it
-    ends; one of `lbfgs` is an iteration on all rows with a strong Wolfe line search. Bit-identical for a seed on one
-    machine.
+    of `adamw` is a pass in shuffled minibatches (heads/minibatches.py) at a constant rate, so that its curve does not
+    depend on where it ends; one of `lbfgs` is an iteration on all rows with a strong Wolfe line search. Bit-identical
+    for a seed on one machine.
     """
     with threads_for(_multiplications(problem)):
         epochs, chosen = _choose_epochs(problem)
@@ -54,7 +58,7 @@ def _choose_epochs(problem: Problem) -> tuple[int, Chosen]:
 def _multiplications(problem: Problem) -> int:
     """Count those of the logits in one step."""
     n_steps = 1 if problem.settings.optimizer == "lbfgs" else n_batches(len(problem.targets))
-    return problem.features.size * problem.n_targets // n_steps
+    return problem.n_multiplications // n_steps
 
 
 def max_epochs(n_rows: int, optimizer: str) -> int:
@@ -71,55 +75,67 @@ def n_batches(n_rows: int) -> int:
 
 
 class _Layer:
-    """Standardised rows, and the weights under training, from zero: the loss is convex."""
+    """The weights under training, from zero: the loss is convex."""
 
-    def __init__(self, problem: Problem, x: torch.Tensor) -> None:
-        self.x = x  # float32 [N, D]
+    def __init__(self, problem: Problem, rows: Standardised) -> None:
+        self.rows = rows
         self.targets = torch.from_numpy(problem.targets)
-        self.row_weights = torch.from_numpy(problem.row_weights).to(x)
-        self.weight = torch.zeros(problem.n_targets, x.shape[1])
+        self.row_weights = torch.from_numpy(problem.row_weights).float()
+        self.weight = torch.zeros(problem.n_targets, rows.shape[1])
         self.bias = torch.zeros(problem.n_targets)
+        for parameter in (self.weight, self.bias):
+            parameter.grad = torch.zeros_like(parameter)
 
-    def backward(self, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Set the gradients of the weighted mean loss of these rows; returns their log probabilities [B, K].
+    def add_gradients(self, x: torch.Tensor, rows: torch.Tensor | slice, n_rows: int) -> torch.Tensor:
+        """Add the gradients of the weighted sum of losses over `n_rows`, x [B, D] being `rows`; returns that share.
 
         The gradient by the logits is (softmax - one-hot) * row weight / rows; writing it down takes a third of the
         time that autograd takes for a step this small.
         """
-        x, targets = self.x[rows], self.targets[rows, None]
-        row_weights = self.row_weights[rows, None] / len(x)
+        assert self.weight.grad is not None
+        assert self.bias.grad is not None
+        targets, row_weights = self.targets[rows, None], self.row_weights[rows, None] / n_rows
         log_p = functional.log_softmax(torch.addmm(self.bias, x, self.weight.T), dim=1)
         slope = log_p.exp().scatter_add_(1, targets, torch.full_like(row_weights, -1.0)).mul_(row_weights)
-        self.weight.grad, self.bias.grad = slope.T @ x, slope.sum(dim=0)
-        return log_p
+        self.weight.grad.addmm_(slope.T, x)
+        self.bias.grad.add_(slope.sum(dim=0))
+        return -(log_p.gather(1, targets) * row_weights).sum()
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the step before."""
+        for parameter in (self.weight, self.bias):
+            assert parameter.grad is not None
+            parameter.grad.zero_()
 
     def full_loss(self) -> torch.Tensor:
         """Set the gradients of all rows; returns their weighted mean loss."""
-        log_p = self.backward(slice(None)).gather(1, self.targets[:, None])[:, 0]
-        return -(log_p @ self.row_weights) / len(self.x)
+        self.zero_gradients()
+        n_rows = self.rows.shape[0]
+        losses = [self.add_gradients(torch.from_numpy(x), place, n_rows) for place, x in in_order(self.rows)]
+        return torch.stack(losses).sum()
 
 
 def _train(problem: Problem, *, n_epochs: int) -> Iterator[Affine]:
     """Yield the map after each epoch, on raw embeddings."""
-    scale = Scale.of(problem.features)
-    layer = _Layer(problem, torch.from_numpy(scale.apply(problem.features)).float())
+    rows = Standardised(problem.blocks, np.float32)
+    layer = _Layer(problem, rows)
     run_epoch = _EPOCHS[problem.settings.optimizer](layer, problem.settings.seed)
     for _ in range(n_epochs):
         run_epoch()
-        yield scale.fold(layer.weight.double().numpy(), layer.bias.double().numpy())
+        yield rows.scale.fold(layer.weight.double().numpy(), layer.bias.double().numpy())
 
 
 def _adamw_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
-    n_rows, dim = layer.x.shape
+    n_rows, dim = layer.rows.shape
     optimizer = torch.optim.AdamW(
         [layer.weight, layer.bias], lr=LOGIT_STEP / math.sqrt(dim), weight_decay=WEIGHT_DECAY, fused=True
     )
-    generator = torch.Generator().manual_seed(derive_seed(seed, "linear"))
+    rng = derive_rng(seed, "linear")
 
     def run_epoch() -> None:
-        # Batches of equal size, to within one row: a last batch of a few rows would be a noisy step.
-        for rows in torch.randperm(n_rows, generator=generator).tensor_split(n_batches(n_rows)):
-            layer.backward(rows)
+        for rows, x in minibatches(layer.rows, n_batches(n_rows), rng):
+            layer.zero_gradients()
+            layer.add_gradients(torch.from_numpy(x), torch.from_numpy(rows), len(rows))
             optimizer.step()
 
     return run_epoch

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.cache.blocks import FeatureBlocks
+
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
@@ -28,10 +30,11 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Labelled rows to fit; the K targets are numbered without gaps, each with at least one row."""
+    """Labelled rows to fit; each of the K targets has at least one row in the problem that a user poses."""
 
-    features: Float32Array  # [N, D], raw embeddings
+    blocks: FeatureBlocks  # [N, D], raw embeddings
     targets: Int64Array  # [N], 0..K-1
+    n_targets: int  # K, the number of classes to tell apart
     row_weights: Float64Array  # [N]
     is_scored: (
         BoolArray  # [N], rows that a held-out loss is taken over: each image once, as the eval transform shows it
@@ -39,21 +42,22 @@ class Problem:
     component: Int64Array  # [N], rows that no fold may separate share a number
     settings: Settings
 
-    @property
-    def n_targets(self) -> int:
-        """K, the number of classes to tell apart."""
-        return int(self.targets.max()) + 1
-
     def subset(self, rows: Int64Array) -> Problem:
-        """Return the rows with these indices, in that order."""
+        """Return the rows with these indices, in that order; no feature is read."""
         return replace(
             self,
-            features=self.features[rows],
+            blocks=self.blocks.take(rows),
             targets=self.targets[rows],
             row_weights=self.row_weights[rows],
             is_scored=self.is_scored[rows],
             component=self.component[rows],
         )
+
+    @property
+    def n_multiplications(self) -> int:
+        """N * D * K: those of all logits once."""
+        n_rows, dim = self.blocks.shape
+        return n_rows * dim * self.n_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,9 @@ class Affine:
     weight: Float64Array  # [K, D]
     bias: Float64Array  # [K]
 
-    def logits(self, features: Float64Array) -> Float64Array:
+    def logits(self, features: npt.NDArray[Any]) -> Float64Array:
         """Return float64 [M, K] for features [M, D]."""
-        return np.asarray(features @ self.weight.T + self.bias)
+        return np.asarray(features.astype(np.float64, copy=False) @ self.weight.T + self.bias)
 
 
 class Solver(Protocol):
@@ -73,31 +77,3 @@ class Solver(Protocol):
 
     def __call__(self, problem: Problem) -> tuple[Affine, Chosen]:
         """Fit all rows, in the settings that the problem asks for or that its own rows choose."""
-
-
-@dataclass(frozen=True, eq=False)
-class Scale:
-    """Standardisation by column, as scikit-learn's StandardScaler has it (population standard deviation)."""
-
-    mean: Float64Array  # [D]
-    deviation: Float64Array  # [D], 1 where the column is constant
-
-    @classmethod
-    def of(cls, features: Float32Array) -> Scale:
-        """Measure the columns of float32 [N, D] in float64."""
-        mean = features.mean(axis=0, dtype=np.float64)
-        deviation = features.std(axis=0, dtype=np.float64)
-        # What float32 cannot tell from the mean is rounding: blowing it up to unit variance would fit noise.
-        smallest = np.finfo(np.float32).eps * np.abs(mean) + np.finfo(np.float32).tiny / np.finfo(np.float32).eps
-        return cls(mean, np.where(deviation > smallest, deviation, 1.0))
-
-    def apply(self, features: Float32Array) -> Float64Array:
-        """Return the standardised features, float64 [N, D]."""
-        x = features - self.mean
-        x /= self.deviation
-        return x
-
-    def fold(self, weight: Float64Array, bias: Float64Array) -> Affine:
-        """Turn a map on standardised features into the same map on raw ones."""
-        raw = weight / self.deviation
-        return Affine(raw, bias - raw @ self.mean)

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from transfercache import config
+from transfercache.cache.blocks import in_order
 from transfercache.heads.problem import Affine, Chosen, Float64Array, Int64Array, Problem
 from transfercache.splits import assign_folds
 
@@ -55,7 +56,7 @@ def select(problem: Problem, fit_path: Callable[[Problem], Iterator[Affine]], *,
     """
     folds = make_folds(problem)
     if not folds:
-        logger.warning("%s is not chosen by cross-validation: no class has two images (or groups) to hold out", name)
+        warn_not_chosen(name)
         return None
     losses = mean_held_out_losses(problem, folds, fit_path)
     chosen = {
@@ -67,6 +68,11 @@ def select(problem: Problem, fit_path: Callable[[Problem], Iterator[Affine]], *,
     return Selection(int(np.argmin(losses)), chosen)
 
 
+def warn_not_chosen(name: str) -> None:
+    """Say that there is nothing to choose a setting on."""
+    logger.warning("%s is not chosen by cross-validation: no class has two images (or groups) to hold out", name)
+
+
 def mean_held_out_losses(
     problem: Problem, folds: list[Fold], fit_path: Callable[[Problem], Iterator[Affine]]
 ) -> Float64Array:
@@ -74,11 +80,17 @@ def mean_held_out_losses(
     totals = []
     for fold in tqdm(folds, desc="folds", file=sys.stderr, disable=None):
         held = problem.subset(fold.held)
-        x = held.features.astype(np.float64)
-        losses = (row_losses(fitted.logits(x), held.targets) for fitted in fit_path(problem.subset(fold.train)))
-        totals.append([float(item @ held.row_weights) for item in losses])
+        totals.append([_total_loss(fitted, held) for fitted in fit_path(problem.subset(fold.train))])
     n_held = sum(float(problem.row_weights[fold.held].sum()) for fold in folds)
     return np.asarray(np.sum(totals, axis=0) / n_held)
+
+
+def _total_loss(fitted: Affine, held: Problem) -> float:
+    losses = (
+        row_losses(fitted.logits(features), held.targets[place]) @ held.row_weights[place]
+        for place, features in in_order(held.blocks)
+    )
+    return float(sum(losses))
 
 
 def row_losses(logits: Float64Array, targets: Int64Array) -> Float64Array:

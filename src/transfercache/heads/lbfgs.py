@@ -1,0 +1,103 @@
+"""Limited-memory BFGS for a smooth convex function, and the curvature it has seen, which outlives one minimisation."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from transfercache.heads.problem import Float64Array
+
+#: x -> value and gradient at x.
+Objective = Callable[[Float64Array], tuple[float, Float64Array]]
+
+#: Pairs of step and change of gradient that are kept: on digits 10, 20 and 40 took 571, 460 and 399 passes for a path.
+MEMORY = 20
+#: Sufficient decrease, and the share of the slope that must be left where values differ by rounding only.
+_DECREASE = 1e-4
+_MAX_HALVINGS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Where a minimisation stands."""
+
+    x: Float64Array
+    value: float
+    gradient: Float64Array
+
+
+class Curvature:
+    """An inverse Hessian, approximated from the last steps (Nocedal and Wright, Numerical Optimization, 7.2)."""
+
+    def __init__(self) -> None:
+        self._pairs: deque[tuple[Float64Array, Float64Array]] = deque(maxlen=MEMORY)  # (step, change of gradient)
+
+    def learn(self, step: Float64Array, change: Float64Array) -> None:
+        """Keep a pair, if it shows curvature beyond rounding."""
+        if np.vdot(step, change) > 1e-12 * np.vdot(change, change):
+            self._pairs.append((step, change))
+
+    def add_penalty(self, difference: float, penalised: slice) -> None:
+        """Take account of `difference` more l2 on the columns `penalised` of x [K, D + 1]."""
+        for step, change in self._pairs:
+            change[:, penalised] += difference * step[:, penalised]
+
+    def direction(self, gradient: Float64Array, first_scale: float) -> Float64Array:
+        """Return minus the inverse Hessian times the gradient; `first_scale` times it before a pair is known."""
+        q = -gradient
+        shares = []
+        for step, change in reversed(self._pairs):
+            share = np.vdot(step, q) / np.vdot(step, change)
+            q -= share * change
+            shares.append(share)
+        if self._pairs:
+            step, change = self._pairs[-1]
+            first_scale = float(np.vdot(step, change) / np.vdot(change, change))
+        q *= first_scale
+        for (step, change), share in zip(self._pairs, reversed(shares), strict=True):
+            q += (share - np.vdot(change, q) / np.vdot(step, change)) * step
+        return q
+
+
+def minimise(
+    objective: Objective,
+    start: Float64Array,
+    *,
+    curvature: Curvature,
+    first_scale: float,
+    is_done: Callable[[Point], bool],
+    rounding: float,
+    max_calls: int,
+) -> Point:
+    """Return the first point that `is_done`, or the last before no step helps or `max_calls` are used up.
+
+    Values that differ by less than `rounding` of themselves count as equal; the slope then decides.
+    """
+    calls = 1
+    point = Point(start, *objective(start))
+    while not is_done(point):
+        direction = curvature.direction(point.gradient, first_scale)
+        slope = float(np.vdot(point.gradient, direction))
+        length = 1.0
+        for _ in range(_MAX_HALVINGS):
+            if calls >= max_calls:
+                return point
+            calls += 1
+            x = point.x + length * direction
+            value, gradient = objective(x)
+            # Enough of a fall; or, where values differ by rounding only, one of the slope (Hager and Zhang 2005, 2.3).
+            has_fallen = value <= point.value + _DECREASE * length * slope
+            is_level = value <= point.value + rounding * abs(point.value)
+            if has_fallen or (is_level and np.vdot(gradient, direction) <= (2 * _DECREASE - 1) * slope):
+                break
+            # The minimum of the parabola through both values and the slope, within bounds.
+            bend = value - point.value - length * slope
+            length *= min(0.5, max(0.1, -0.5 * length * slope / bend)) if np.isfinite(bend) and bend > 0 else 0.1
+        else:
+            return point
+        curvature.learn(length * direction, gradient - point.gradient)
+        point = Point(x, value, gradient)
+    return point

@@ -1,0 +1,70 @@
+"""The loss of multinomial logistic regression and its gradient, in one fused pass over the rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from transfercache.heads.problem import Float64Array, Int64Array
+from transfercache.heads.standardise import Standardised
+from transfercache.heads.threads import share_rows
+
+#: loss; gradient [K, D + 1]
+LossAndGradient = tuple[float, Float64Array]
+
+
+class SoftmaxLoss:
+    """mean_i w_i (logsumexp(z_i) - z_i[y_i]) with z = x W' + b, for parameters [K, D + 1] = (W, b); over sum w.
+
+    Logits, softmax and both products of a block are formed while it is in the processor's cache. The caller keeps BLAS
+    to one thread. Sums over blocks are float64, what is inside a block has the dtype of the rows.
+    """
+
+    def __init__(self, rows: Standardised, targets: Int64Array, row_weights: Float64Array) -> None:
+        self.n_passes = 0
+        self._rows, self._targets = rows, targets
+        self._weights = row_weights / row_weights.sum()
+
+    def __call__(self, parameters: Float64Array) -> LossAndGradient:
+        """Return the loss and its gradient, float64 [K, D + 1]."""
+        self.n_passes += 1
+        n_rows = self._rows.shape[0]
+        weight = np.ascontiguousarray(parameters[:, :-1], self._rows.dtype)
+        bias = parameters[:, -1].astype(self._rows.dtype)
+
+        def add_up(blocks: list[slice]) -> LossAndGradient:
+            loss, gradient = 0.0, np.zeros_like(parameters)
+            for block in blocks:
+                x = self._rows.read(block.start, block.stop)  # [B, D]
+                z = x @ weight.T  # [B, K]
+                z += bias
+                loss += float(_losses_and_residuals(z, self._targets[block]) @ self._weights[block])
+                z *= self._weights[block, None].astype(z.dtype)
+                gradient[:, :-1] += z.T @ x
+                gradient[:, -1] += z.sum(axis=0)
+            return loss, gradient
+
+        sums = share_rows(n_rows, n_rows * parameters.size, add_up)
+        return sum(loss for loss, _ in sums), np.sum([gradient for _, gradient in sums], axis=0)
+
+
+def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array) -> npt.NDArray[Any]:
+    """Return the losses [B] of logits [B, K], which are replaced by softmax minus one-hot, the gradient by them.
+
+    Both are sums over the other classes, so that rows near certainty keep their digits: 1 - p would have none left.
+    """
+    at = np.arange(len(z)), targets
+    z -= z.max(axis=1, keepdims=True)
+    logit = z[at]
+    np.exp(z, out=z)
+    own = z[at]
+    z[at] = 0
+    others = z.sum(axis=1)
+    total = own + others
+    z /= total[:, None]
+    z[at] = -others / total
+    # Where the target's own term underflows, or nearly, its logit says the same without a division by it.
+    is_likely = logit > -1
+    return np.asarray(np.where(is_likely, np.log1p(others / np.where(is_likely, own, 1)), np.log(total) - logit))
