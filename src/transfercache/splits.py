@@ -67,15 +67,17 @@ def join_groups(group: Int64Array, content: UInt8Array) -> Int64Array:
 def majority_labels(labels: Int64Array, component: Int64Array) -> Int64Array:
     """Return int64 [N]: for each row the most frequent label of its component (ties: the smallest; -1: none)."""
     labelled = labels >= 0
-    majority = np.full(len(labels), -1, dtype=np.int64)
     if not labelled.any():
-        return majority
-    pairs, counts = np.unique(np.stack([component[labelled], labels[labelled]]), axis=1, return_counts=True)
-    # Last in (component, count, -label) order wins, so sort by that and let later entries overwrite.
-    order = np.lexsort((-pairs[1], counts, pairs[0]))
-    winner = dict(zip(pairs[0][order].tolist(), pairs[1][order].tolist(), strict=True))
-    majority[:] = [winner.get(item, -1) for item in component.tolist()]
-    return majority
+        return np.full(len(labels), -1, dtype=np.int64)
+    _, index = np.unique(component, return_inverse=True)
+    n_labels = int(labels.max()) + 1
+    pairs, counts = np.unique(index[labelled] * n_labels + labels[labelled], return_counts=True)
+    of_pair, label = np.divmod(pairs, n_labels)
+    # Last in (component, count, -label) order wins: of repeated places the last assignment stays.
+    order = np.lexsort((-label, counts, of_pair))
+    majority = np.full(int(index.max()) + 1, -1, dtype=np.int64)
+    majority[of_pair[order]] = label[order]
+    return majority[index]
 
 
 def hash_split(
@@ -168,25 +170,38 @@ def assign_folds(labels: Int64Array, component: Int64Array, *, n_folds: int, see
     a class is in the training part of every fold (ALWAYS_TRAIN), so that no fold is asked for a class it has never
     seen. Returns the fold of each row, int64 [N], and the number of folds (0 where no class can be held out).
     """
-    components, first_index, sizes = np.unique(component, return_index=True, return_counts=True)
-    label_of = majority_labels(labels, component)[first_index]
+    components, first, index, sizes = np.unique(component, return_index=True, return_inverse=True, return_counts=True)
+    label_of = majority_labels(labels, component)[first]
     label_of[np.isin(components, _only_homes(labels, component))] = -1
-    per_class = {int(c): int(np.sum(label_of == c)) for c in np.unique(label_of) if c >= 0}
-    n_used = min(n_folds, max(per_class.values(), default=0))
-    fold_of: dict[int, int] = {}
+    classes, n_components = np.unique(label_of[label_of >= 0], return_counts=True)
+    n_used = min(n_folds, int(n_components.max(initial=0)))
+    fold_of = np.full(len(components), ALWAYS_TRAIN, dtype=np.int64)
     totals = np.zeros(max(n_used, 1), dtype=np.int64)
-    for label, count in per_class.items():
+    by_class = np.argsort(label_of, kind="stable")
+    ends = np.cumsum(n_components) + int(np.sum(label_of < 0))
+    for label, count, end in zip(classes.tolist(), n_components.tolist(), ends.tolist(), strict=True):
         if count < 2:
             continue
-        members = np.flatnonzero(label_of == label)
-        members = members[derive_rng(seed, "folds", label).permutation(len(members))]
+        members = by_class[end - count : end]
+        members = members[derive_rng(seed, "folds", label).permutation(count)]
         # Large components first, each to the fold that holds least of this class, then least of all.
         members = members[np.argsort(-sizes[members], kind="stable")]
         held = np.zeros(n_used, dtype=np.int64)
-        for member in members.tolist():
-            fold = int(np.lexsort((totals, held))[0])
-            held[fold] += sizes[member]
-            totals[fold] += sizes[member]
-            fold_of[int(components[member])] = fold
-    folds = np.array([fold_of.get(item, ALWAYS_TRAIN) for item in component.tolist()], dtype=np.int64)
-    return folds, n_used if fold_of else 0
+        for run in np.split(members, np.flatnonzero(np.diff(sizes[members])) + 1):
+            fold_of[run] = _deal(len(run), int(sizes[run[0]]), held, totals)
+    return fold_of[index], n_used if (fold_of >= 0).any() else 0
+
+
+def _deal(n: int, size: int, held: Int64Array, totals: Int64Array) -> Int64Array:
+    """Return int64 [n]: the fold of each of n components of one size, one after the other to the least full; adds them.
+
+    `held` and `totals` [folds] are what a fold holds of the class and of all. The j-th component that a fold gets finds
+    it j sizes fuller in both, so that all turns can be sorted at once.
+    """
+    turn = np.arange(n) * size
+    fold = np.repeat(np.arange(len(held)), n)
+    order = np.lexsort((fold, (totals[:, None] + turn).ravel(), (held[:, None] + turn).ravel()))[:n]
+    dealt = np.bincount(fold[order], minlength=len(held)) * size
+    held += dealt
+    totals += dealt
+    return fold[order]

@@ -264,3 +264,24 @@ def test_table__more_rows_than_are_proved_at_a_time(tmp_path: Path, make_extract
 def test_reader__imports_neither_h5py_nor_torch() -> None:
     code = "import sys, transfercache.cache.reader; print({'h5py', 'torch', 'sklearn'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_stored_table__reads_what_is_asked_for_and_only_then(finished: Path) -> None:
+    cache = open_cache(finished)
+    table, stored = cache.table(), cache.stored_table()
+    part = stored.subset(np.array([5, 0, 3]))
+    np.testing.assert_array_equal(part.blocks.read(1, 3), table.features[[0, 3]])
+    np.testing.assert_array_equal(part.features, table.features[[5, 0, 3]])
+    assert part.paths == tuple(table.paths[i] for i in (5, 0, 3))
+
+
+def test_stored_table__damaged_row_is_named_when_it_is_read(
+    finished: Path, tamper: Callable[[Path, int], None]
+) -> None:
+    entry = read_catalogue(finished).shards[0]
+    slot = int(open_cache(finished).rows.slot[4])
+    tamper(finished / entry.file, entry.features.offset + slot * entry.features.length // entry.n_rows)
+    stored = open_cache(finished).stored_table()
+    stored.blocks.read(0, 4)
+    with pytest.raises(CacheError, match=f"row {slot} fails its checksum"):
+        stored.blocks.read(0, 5)

@@ -28,8 +28,6 @@ _DIGEST_BYTES = 1 << 20
 _METADATA_BYTES = 1 << 20
 # Rows proved at a time: their copy stays in the processor's cache.
 _BLOCK_ROWS = 512
-# Two megabytes of 512 features: what a minibatch reads stays mapped, what a block of a pass reads does not.
-_RELEASED_ROWS = 1024
 # Slot (two words), view (one) and content digest (eight) come before the features in the checksum.
 _HEAD_WORDS = 11
 
@@ -133,12 +131,11 @@ class ShardReader:
                     raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {MEND}")
                 self._proved[block] = True
                 self.is_finite[block] = _are_finite(rows)
-        self._release(slots)
         return taken
 
-    def _release(self, slots: npt.NDArray[np.int64]) -> None:
-        """Let go of the mapped pages of a large read, which would count as this process's memory, read after read."""
-        if len(slots) >= _RELEASED_ROWS:
+    def release(self, slots: npt.NDArray[np.int64]) -> None:
+        """Let go of the mapped pages of these rows, which would count as this process's memory, read after read."""
+        if len(slots):
             first, n_rows = int(slots.min()), int(np.ptp(slots)) + 1
             row_bytes = self.features.strides[0]
             start = (self._offset + first * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE

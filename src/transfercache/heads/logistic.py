@@ -1,14 +1,15 @@
 """Multinomial logistic regression of our own: warm-started L-BFGS over fused passes, its C by cross-validation.
 
 scikit-learn's conventions: C sum_i w_i loss_i + |W|^2 / 2 on standardised features, the intercept unpenalised. Divided
-by C sum_i w_i, that is the mean loss plus l2 |W|^2 / 2 with l2 = 1 / (C sum_i w_i), the form in which it is solved. For two
-classes scikit-learn penalises the one vector w of its sigmoid; as softmax that is (-w, w) / 2, and l2 is twice as large.
+by C sum_i w_i, that is the mean loss plus l2 |W|^2 / 2 with l2 = 1 / (C sum_i w_i), which is how it is solved. For two
+classes scikit-learn penalises the one vector w of its sigmoid; as softmax that is (-w, w) / 2, and l2 is twice that.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +28,8 @@ C_GRID = tuple(float(C) for C in np.logspace(-4, 4, 9))
 #: Where no class can be held out: scikit-learn's default.
 DEFAULT_C = 1.0
 #: Relative gaps to the optimum that are good enough: for the head, by the precision of the rows (1e-8 holds every
-#: probability to 1e-4); on a path, to tell values of C a factor of ten apart; for a start on some of the rows, whose own
-#: optimum is further away than that.
+#: probability to 1e-4); on a path, to tell values of C a factor of ten apart; for a start on some of the rows, whose
+#: own optimum is further away than that.
 GAP = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-6}
 PATH_GAP, START_GAP = 1e-4, 1e-2
 #: What still counts as converged: rounding may end a fit of classes that are separated almost without a penalty.
@@ -127,7 +128,8 @@ class _Descent:
 
     def __init__(self, problem: Problem) -> None:
         # Small problems are cheap in float64; in large ones float32 halves the time, and sums are float64 in any case.
-        self.dtype = np.dtype(np.float64 if problem.n_multiplications < MIN_SHARED else np.float32)
+        is_small = problem.n_multiplications < MIN_SHARED
+        self.dtype: np.dtype[Any] = np.dtype(np.float64 if is_small else np.float32)
         self._rounding = 10 * float(np.finfo(self.dtype).eps)
         self._rows = Standardised(problem.blocks, self.dtype)
         self.loss = SoftmaxLoss(self._rows, problem.targets, problem.row_weights)

@@ -7,14 +7,15 @@ the others, and its held-out squared error is a quadratic form in its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from transfercache.cache.blocks import BLOCK_ROWS
 from transfercache.heads.calibration import fit_temperature
-from transfercache.heads.problem import Affine, Chosen, Float64Array, Int64Array, Problem
+from transfercache.heads.problem import Affine, Chosen, Float32Array, Float64Array, Int64Array, Problem
 from transfercache.heads.select import Fold, make_folds, warn_not_chosen
 from transfercache.heads.standardise import least_deviation
 from transfercache.heads.threads import one_blas_thread, share_rows
@@ -24,8 +25,8 @@ from transfercache.randomness import derive_rng
 L2_GRID = tuple(float(l2) for l2 in np.logspace(2, -6, 17))
 #: Where no class can be held out.
 DEFAULT_L2 = 0.1
-#: Held-out rows that the one number is fitted on by which logits are scaled.
-MAX_SCALE_ROWS = 10_000
+#: Logits of held-out rows that the one number is fitted on by which they are scaled.
+MAX_SCALE_LOGITS = 2_000_000
 
 
 @dataclass(eq=False)
@@ -55,8 +56,8 @@ class Moments:
         size = np.vdot(weight @ self.xx, weight) + 2 * bias @ (weight @ self.x) + self.n * bias @ bias
         return float(self.n - 2 * explained + size)
 
-    def path(self, penalties: Sequence[float], origin: Float64Array) -> list[Affine]:
-        """Return the map for each l2: the minimum of the mean squared error plus l2 |W|^2 on standardised columns.
+    def path(self, penalties: Sequence[float], origin: Float32Array) -> Iterator[Affine]:
+        """Yield the map for each l2: the minimum of the mean squared error plus l2 |W|^2 on standardised columns.
 
         With the correlations A = V diag(e) V' of the columns and B [K, D] those of targets with columns, W is
         B V diag(1 / (e + l2)) V' (Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 3.47).
@@ -67,8 +68,9 @@ class Moments:
         deviation = np.where(deviation > least_deviation(mean + origin), deviation, 1.0)
         values, vectors = np.linalg.eigh(covariance / np.outer(deviation, deviation))
         targets = (self.yx / self.n - np.outer(share, mean)) / deviation @ vectors  # [K, D]
-        weights = (targets / (values.clip(0) + l2) @ vectors.T / deviation for l2 in penalties)
-        return [Affine(weight, share - weight @ mean) for weight in weights]
+        for l2 in penalties:
+            weight = targets / (values.clip(0) + l2) @ vectors.T / deviation
+            yield Affine(weight, share - weight @ mean)
 
 
 def fit_ridge(problem: Problem) -> tuple[Affine, Chosen]:
@@ -83,50 +85,39 @@ def fit_ridge(problem: Problem) -> tuple[Affine, Chosen]:
         first = problem.blocks.read(0, min(BLOCK_ROWS, len(problem.targets)))
         origin = first.mean(axis=0, dtype=np.float64).astype(np.float32)
         parts = _moments_by_part(problem, folds, origin)
-        total = parts[0].add(parts[1])
-        for part in parts[2:]:
-            total = total.add(part)
-        n = float(total.n)
-        penalties = L2_GRID if problem.settings.C is None else (1 / (problem.settings.C * n),)
-        paths = [
-            total.add(parts[2 * k + 2], -1).add(parts[2 * k + 3], -1).path(penalties, origin) for k in range(len(folds))
-        ]
-        l2, chosen, position = _choose(problem, parts, paths, penalties)
-        fitted = total.path([l2], origin)[0]
-        at_l2 = [path[position] for path in paths]
-        scale = _logit_scale(problem, folds, at_l2, fitted, origin)
+        total = reduce(Moments.add, parts)
+        others = [total.add(parts[2 * k + 2], -1).add(parts[2 * k + 3], -1) for k in range(len(folds))]
+        l2, chosen = _choose(problem, others, parts[3::2], origin)
+        fitted = next(total.path([l2], origin))
+        scale = _logit_scale(problem, folds, [next(part.path([l2], origin)) for part in others], fitted, origin)
     raw = Affine(scale * fitted.weight, scale * (fitted.bias - fitted.weight @ origin))
-    return raw, {"C": 1 / (l2 * n), **chosen, "l2": l2, "logit_scale": scale, "standardised": True, "passes": 1}
+    C = 1 / (l2 * float(problem.row_weights.sum()))
+    return raw, {"C": C, **chosen, "l2": l2, "logit_scale": scale, "standardised": True, "passes": 1}
 
 
-def _choose(
-    problem: Problem, parts: list[Moments], paths: list[list[Affine]], penalties: Sequence[float]
-) -> tuple[float, Chosen, int]:
-    """Return l2, how it was chosen, and its position in `penalties`."""
-    if problem.settings.C is not None:
-        return penalties[0], {"by": "given"}, 0
-    if not paths:
-        warn_not_chosen("C")
-        return DEFAULT_L2, {"by": "default: no class can be held out"}, 0
-    held = parts[3::2]  # of each fold the rows that are scored
-    totals = [[part.squared_error(fitted) for fitted in path] for part, path in zip(held, paths, strict=True)]
-    errors = np.sum(totals, axis=0) / sum(part.n for part in held)
-    position = int(np.argmin(errors))
+def _choose(problem: Problem, others: list[Moments], held: list[Moments], origin: Float32Array) -> tuple[float, Chosen]:
+    """Return l2 and how it was chosen, from what each fold is trained on and its held-out rows that are scored."""
     n = float(problem.row_weights.sum())
-    return (
-        penalties[position],
-        {
-            "by": "lowest mean squared error of held-out rows",
-            "folds": len(paths),
-            "seed": problem.settings.seed,
-            "mean_squared_error": errors.tolist(),
-            "grid": [1 / (l2 * n) for l2 in penalties],
-        },
-        position,
-    )
+    if problem.settings.C is not None:
+        return 1 / (problem.settings.C * n), {"by": "given"}
+    if not held:
+        warn_not_chosen("C")
+        return DEFAULT_L2, {"by": "default: no class can be held out"}
+    totals = [
+        [mine.squared_error(fitted) for fitted in part.path(L2_GRID, origin)]
+        for part, mine in zip(others, held, strict=True)
+    ]
+    errors = np.sum(totals, axis=0) / sum(mine.n for mine in held)
+    return L2_GRID[int(np.argmin(errors))], {
+        "by": "lowest mean squared error of held-out rows",
+        "folds": len(held),
+        "seed": problem.settings.seed,
+        "mean_squared_error": errors.tolist(),
+        "grid": [1 / (l2 * n) for l2 in L2_GRID],
+    }
 
 
-def _moments_by_part(problem: Problem, folds: list[Fold], origin: Float64Array) -> list[Moments]:
+def _moments_by_part(problem: Problem, folds: list[Fold], origin: Float32Array) -> list[Moments]:
     """Return the moments of rows in no fold, then of each fold; of each the rows that are not scored, then the scored.
 
     One pass. Products are float32 within a block and part, sums over them float64.
@@ -146,14 +137,11 @@ def _moments_by_part(problem: Problem, folds: list[Fold], origin: Float64Array) 
         return sums
 
     by_thread = share_rows(n_rows, n_rows * dim * dim, add_up)
-    merged = by_thread[0]
-    for sums in by_thread[1:]:
-        merged = [mine.add(others) for mine, others in zip(merged, sums, strict=True)]
-    return merged
+    return [reduce(Moments.add, sums) for sums in zip(*by_thread, strict=True)]
 
 
 def _add_block(
-    sums: list[Moments], x: Float64Array, part: Int64Array, targets: Int64Array, row_weights: Float64Array
+    sums: list[Moments], x: Float32Array, part: Int64Array, targets: Int64Array, row_weights: Float64Array
 ) -> None:
     """Add rows x [B, D] to the moments of their parts; sorted by part and target, each is a run."""
     order = np.lexsort((targets, part))
@@ -170,12 +158,12 @@ def _add_block(
 
 
 def _logit_scale(
-    problem: Problem, folds: list[Fold], by_fold: list[Affine], fitted: Affine, origin: Float64Array
+    problem: Problem, folds: list[Fold], by_fold: list[Affine], fitted: Affine, origin: Float32Array
 ) -> float:
     """Return by what to multiply the regression's values, from rows held out of them, or from all where none can be."""
     pairs = [(fold.held, affine) for fold, affine in zip(folds, by_fold, strict=True)]
     pairs = pairs or [(np.flatnonzero(problem.is_scored), fitted)]
-    share = min(1.0, MAX_SCALE_ROWS / sum(len(rows) for rows, _ in pairs))
+    share = min(1.0, MAX_SCALE_LOGITS / problem.n_targets / sum(len(rows) for rows, _ in pairs))
     rng = derive_rng(problem.settings.seed, "scale")
     values, targets = [], []
     for rows, affine in pairs:
