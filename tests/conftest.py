@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,21 @@ def scale(request: pytest.FixtureRequest) -> int:
     return 10 if request.config.getoption("--campaign") else 1
 
 
+@pytest.fixture(autouse=True, scope="session")
+def clean_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same for what is made once for many tests."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        _clean_environment(monkeypatch, tmp_path_factory)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     """No test reads the developer's own caches, proxies or colours, or writes into them."""
+    _clean_environment(monkeypatch, tmp_path_factory)
+
+
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     for name in list(os.environ):
         if name in _KEPT_OUT or name.startswith(_KEPT_OUT_PREFIXES):
             monkeypatch.delenv(name)

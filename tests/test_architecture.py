@@ -38,8 +38,14 @@ MAY_IMPORT_LAZILY = {"cli": {"commands"}}
 MAY_IMPORT_FOR_TYPES = {TOP: {"commands", "cache"}, "cli": {"commands", "finetuning"}}
 
 TORCH_FREE_ROOMS = ("images", "cache", "heads", "report")
-TORCH_FREE_FILES = ("models/head_file.py", "comparison/results.py", "comparison/statistics.py", "extract/loop.py")
-NEEDS_TORCH = ("heads/linear.py",)
+TORCH_FREE_FILES = (
+    "backbones/available.py",
+    "models/head_file.py",
+    "comparison/results.py",
+    "comparison/statistics.py",
+    "extract/loop.py",
+)
+NEEDS_TORCH = ("heads/linear.py", "images/fast.py")
 TORCH = {"torch", "torchvision", "timm"}
 
 MAX_LINES = 400

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import sklearn.calibration
 import sklearn.metrics
 
 from transfercache import metrics
@@ -80,6 +81,28 @@ def test_log_loss__probability_zero_is_clipped_as_scikit_learn_does():
     assert expected == pytest.approx(36.0437 / 2, rel=1e-4)
 
 
+@pytest.mark.parametrize("on_an_edge", [False, True])
+def test_calibration_error__equals_scikit_learns_reliability_curve(drawn, on_an_edge):
+    target, probabilities = drawn
+    is_right, confidence = target == probabilities.argmax(axis=1), probabilities.max(axis=1)
+    if on_an_edge:
+        confidence = np.round(confidence * 15) / 15
+    shares, means = sklearn.calibration.calibration_curve(is_right, confidence, n_bins=15, strategy="uniform")
+    # It leaves out empty bins, and counts none.
+    bins = np.searchsorted(np.linspace(0, 1, 16)[1:-1], confidence)
+    counts = np.unique(bins, return_counts=True)[1]
+    expected = counts @ np.abs(shares - means) / len(target)
+    assert metrics.calibration_error(is_right, confidence) == pytest.approx(expected, rel=1e-12)
+    assert 0.01 < expected < 0.5
+
+
+def test_calibration_error__hand_worked():
+    # Three rows share (0.6, 0.6667], one stands alone in (0.8667, 0.9333] and one in the last bin.
+    is_right = np.array([True, False, True, False, True])
+    confidence = np.array([0.61, 0.62, 0.66, 0.9, 1.0])
+    assert metrics.calibration_error(is_right, confidence) == pytest.approx((abs(2 - 1.89) + 0.9 + 0) / 5)
+
+
 def test_evaluate__json_has_the_fields_of_the_contract():
     target = np.array([0, 0, 1])
     probabilities = np.array([[0.5, 0.25, 0.25], [0.2, 0.5, 0.3], [0.5, 0.25, 0.25]])
@@ -94,6 +117,8 @@ def test_evaluate__json_has_the_fields_of_the_contract():
         "balanced_accuracy": 0.25,
         "macro_f1": 0.25,
         "log_loss": pytest.approx((np.log(2) + np.log(5) + np.log(4)) / 3),
+        # All three are predicted at 0.5, and one of them is right.
+        "ece": pytest.approx(abs(3 * 0.5 - 1) / 3),
         "per_class": [
             {"class": "ant", "n": 2, "n_train": 7, "recall": 0.5, "precision": 0.5},
             {"class": "bee", "n": 1, "n_train": 5, "recall": 0.0, "precision": 0.0},
@@ -102,7 +127,8 @@ def test_evaluate__json_has_the_fields_of_the_contract():
         "confusion": [[1, 1, 0], [1, 0, 0], [0, 0, 0]],
     }
     assert list(value) == [
-        "split", "accuracy", "interval", "n", "balanced_accuracy", "macro_f1", "log_loss", "per_class", "confusion"
+        "split", "accuracy", "interval", "n", "balanced_accuracy", "macro_f1", "log_loss", "ece", "per_class",
+        "confusion",
     ]  # fmt: skip
 
 

@@ -70,6 +70,7 @@ def test_from_json__gives_back_what_was_written() -> None:
         ({"preprocessing": {**PREPROCESSING.__dict__, "crop": 0}}, "crop 0 must lie between 1 and 4096"),
         ({"preprocessing": {**PREPROCESSING.__dict__, "resize": 1 << 40}}, "must lie between 1 and 4096"),
         ({"preprocessing": {**PREPROCESSING.__dict__, "interpolation": "best"}}, "'best' is neither"),
+        ({"preprocessing": {**PREPROCESSING.__dict__, "decoder": "jpeg"}}, "'jpeg' is none of pillow, fast, draft"),
         ({"preprocessing": {**PREPROCESSING.__dict__, "mean": [1, 2]}}, "three finite numbers"),
         ({"preprocessing": {**PREPROCESSING.__dict__, "mean": "abc"}}, "mean must be a list of numbers"),
         ({"preprocessing": {**PREPROCESSING.__dict__, "std": [1, 1, 0]}}, "std must be positive"),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transfercache.commands.cache import cache_info, list_caches, prune_caches, remove_caches, verify_cache
     from transfercache.commands.compare import compare
     from transfercache.commands.demo import demo
+    from transfercache.commands.doctor import doctor
     from transfercache.commands.extract import extract_features
     from transfercache.commands.finetune import finetune
     from transfercache.commands.predict import load, predict
@@ -27,6 +28,7 @@ __all__ = [
     "cache_info",
     "compare",
     "demo",
+    "doctor",
     "extract_features",
     "finetune",
     "list_caches",
@@ -45,6 +47,7 @@ _HOMES = {
     "cache_info": "commands.cache",
     "compare": "commands.compare",
     "demo": "commands.demo",
+    "doctor": "commands.doctor",
     "extract_features": "commands.extract",
     "finetune": "commands.finetune",
     "list_caches": "commands.cache",

@@ -6,7 +6,9 @@ from typing import Literal
 
 OnBad = Literal["fail", "skip"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Compute = Literal["auto", "fp32"]
+Engine = Literal["auto", "eager", "openvino", "compile"]
+Compute = Literal["auto", "fp32", "bf16", "fp16"]
+Decode = Literal["pillow", "fast", "draft"]
 StorageDtype = Literal["auto", "float32", "float16"]
 ClassWeight = Literal["none", "balanced"]
 Optimizer = Literal["adamw", "lbfgs"]
@@ -16,8 +18,9 @@ BatchNorm = Literal["frozen", "train"]
 BACKBONE = "resnet18"
 WEIGHTS = "DEFAULT"
 DEVICE: Device = "auto"
-ENGINE = "eager"
+ENGINE: Engine = "auto"  # on a CPU openvino where it is installed, else eager
 COMPUTE: Compute = "auto"  # fp32 with TF32 off on every device: a cache made on one machine is read on all
+DECODE: Decode = "pillow"  # whose pixels all others are held to
 STORAGE_DTYPE: StorageDtype = "auto"  # float32 for pooled embeddings
 VIEWS = 1  # where neither the user nor the cache says otherwise
 MAX_VIEWS = 255  # a view's number is stored in one byte
@@ -27,6 +30,8 @@ MODELS_DIR = "./models"
 
 # 32 images of 224 px keep two cores busy, waste little on a short last batch, and are soon decoded.
 EXTRACT_BATCH_SIZE = 32
+# A GPU wants more at once. Not yet measured on one: what does not fit is computed in pieces.
+CUDA_BATCH_SIZE = 256
 VAL_FRACTION = 0.2
 SPLIT_SEED = 0
 ON_BAD: OnBad = "fail"
@@ -53,4 +58,5 @@ SELECT = "none"
 
 STRATEGIES = "knn,logistic,linear,finetune"
 SEEDS = 1
+REPEATS = 10  # draws of each size in --shots and --learning-curve
 TOP = 5

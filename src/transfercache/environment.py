@@ -8,7 +8,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "h5py", "pillow", "transfercache")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "openvino",
+    "torchcodec",
+    "numpy",
+    "scikit-learn",
+    "h5py",
+    "pillow",
+    "transfercache",
+)
 # Each set of units changes what an engine does by itself, so a figure names the widest one it ran on.
 _VECTOR_UNITS = (("amx_tile", "AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2"), ("asimd", "NEON"))
 
@@ -34,12 +45,22 @@ def processor_name() -> str:
     return _processor()[0]
 
 
+def processor_flags() -> set[str]:
+    """Return what the processor can do, in Linux's own words; nothing where those cannot be read."""
+    return _processor()[1]
+
+
+def n_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _machine() -> dict[str, Any]:
     processor, flags = _processor()
     return {
         "processor": processor,
         "vector_units": next((name for flag, name in _VECTOR_UNITS if flag in flags), "none known"),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": n_cores(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

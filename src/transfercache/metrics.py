@@ -1,11 +1,11 @@
-"""What a set of predictions is worth: accuracy with its interval, per-class figures, log loss. Pure numpy."""
+"""What a set of predictions is worth: accuracy with its interval, per-class figures, log loss, ECE. Pure numpy."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,10 +14,13 @@ from transfercache.errors import DataError
 
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 AnyFloatArray = npt.NDArray[np.floating[Any]]
 
 #: The 0.975 quantile of the standard normal distribution, for two-sided 95 % intervals.
 NORMAL_QUANTILE_95 = 1.959963984540054
+#: Of the calibration error: Guo et al. 2017 (section 5) and most others since.
+N_CALIBRATION_BINS = 15
 
 
 def softmax(logits: AnyFloatArray) -> Float64Array:
@@ -90,9 +93,23 @@ def log_loss(target: Int64Array, probabilities: Float64Array) -> float:
     Equal to scikit-learn's `log_loss`. A row to whose class the probability 0 was given (a kNN without a vote for it,
     a class without training rows) so costs 36.04.
     """
-    given = probabilities[np.arange(len(target)), target]
+    return _mean_log_loss(probabilities[np.arange(len(target)), target])
+
+
+def _mean_log_loss(given: Float64Array) -> float:
     epsilon = np.finfo(np.float64).eps
     return float(-np.mean(np.log(np.clip(given, epsilon, 1 - epsilon))))
+
+
+def calibration_error(is_right: BoolArray, confidence: Float64Array) -> float:
+    """Return the expected calibration error, ECE, of the predicted class (Guo et al. 2017, equation 3).
+
+    Rows are put by `confidence` [M], the probability of the class predicted, into 15 bins of equal width (a, b]; ECE is
+    the mean over rows of the distance, in their bin, between mean confidence and the share of `is_right` [M].
+    """
+    edges = np.linspace(0, 1, N_CALIBRATION_BINS + 1)[1:-1]
+    excess = np.bincount(np.searchsorted(edges, confidence), weights=confidence - is_right)
+    return float(np.abs(excess).sum() / len(confidence))
 
 
 def _ratio(part: Int64Array, whole: Int64Array) -> Float64Array:
@@ -131,6 +148,7 @@ class Report:
     balanced_accuracy: float
     macro_f1: float
     log_loss: float
+    ece: float  # of the predicted class, in 15 bins: see `calibration_error`
     per_class: tuple[ClassReport, ...]
     confusion: Int64Array  # [C, C], rows are the target's classes
 
@@ -144,9 +162,25 @@ class Report:
             "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
             "log_loss": self.log_loss,
+            "ece": self.ece,
             "per_class": [item.to_json() for item in self.per_class],
             "confusion": self.confusion.tolist(),
         }
+
+
+class Answers(NamedTuple):
+    """All that a report needs of probabilities [M, C], which may be too many to hold at once."""
+
+    predicted: Int64Array  # [M], the most probable class that has training rows (ties: the first)
+    confidence: Float64Array  # [M], its probability
+    given: Float64Array  # [M], the probability of the row's own class
+
+    @classmethod
+    def of(cls, target: Int64Array, probabilities: Float64Array, *, n_train_per_class: Int64Array) -> Answers:
+        """Return those of some rows."""
+        predicted = predicted_classes(probabilities, n_train_per_class=n_train_per_class)
+        rows = np.arange(len(target))
+        return cls(predicted, probabilities[rows, predicted], probabilities[rows, target])
 
 
 def evaluate(
@@ -165,20 +199,28 @@ def evaluate(
     n_classes = len(class_names)
     if probabilities.shape != (len(target), n_classes) or len(n_train_per_class) != n_classes:
         raise ValueError(f"probabilities {probabilities.shape} do not fit {len(target)} rows of {n_classes} classes")
+    if len(target) and (target.min() < 0 or target.max() >= n_classes):
+        raise ValueError(f"labels must lie between 0 and {n_classes - 1}")
+    answers = Answers.of(target, probabilities, n_train_per_class=n_train_per_class)
+    return report_on(target, answers, class_names=class_names, n_train_per_class=n_train_per_class, split=split)
+
+
+def report_on(
+    target: Int64Array, answers: Answers, *, class_names: Sequence[str], n_train_per_class: Int64Array, split: str
+) -> Report:
+    """Report on answers that were collected block by block; see `evaluate`."""
     if len(target) == 0:
         raise DataError(f"the {split} split has no labelled row, so there is nothing to report; give it some")
-    if target.min() < 0 or target.max() >= n_classes:
-        raise ValueError(f"labels must lie between 0 and {n_classes - 1}")
-    predicted = predicted_classes(probabilities, n_train_per_class=n_train_per_class)
-    matrix = confusion(target, predicted, n_classes=n_classes)
+    matrix = confusion(target, answers.predicted, n_classes=len(class_names))
     return Report(
         split=split,
-        accuracy=accuracy(target, predicted),
+        accuracy=accuracy(target, answers.predicted),
         interval=wilson_interval(int(np.trace(matrix)), len(target)),
         n=len(target),
         balanced_accuracy=balanced_accuracy(matrix),
         macro_f1=macro_f1(matrix),
-        log_loss=log_loss(target, probabilities),
+        log_loss=_mean_log_loss(answers.given),
+        ece=calibration_error(target == answers.predicted, answers.confidence),
         per_class=_per_class(matrix, class_names, n_train_per_class),
         confusion=matrix,
     )

@@ -6,12 +6,20 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
+
+from transfercache import config
 
 SCHEMA_VERSION = 1
 
+#: What the network computes in: float32, or half precision with sums in float32.
+COMPUTES = ("fp32", "bf16", "fp16")
+
 #: View 0 is the eval transform, view 1 its mirror image, the rest are drawn from the training augmentation.
 VIEW_POLICY = "eval,mirror,augment/1"
+
+#: What decodes and resizes; what each does to the pixels is in docs/images.md.
+DECODERS: tuple[str, ...] = get_args(config.Decode)
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,15 @@ class Preprocessing:
     antialias: bool = True
     colour: str = "rgb,grey16-scaled"
     exif: str = "applied"
-    decoder: str = "pillow"
+    decoder: str = "pillow"  # one of DECODERS
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 4096 or not 0 < self.resize <= 4096:
             raise ValueError(f"resize {self.resize} and crop {self.crop} must lie between 1 and 4096 pixels")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation {self.interpolation!r} is neither bilinear nor bicubic")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder {self.decoder!r} is none of {', '.join(DECODERS)}")
         if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, (*self.mean, *self.std))):
             raise ValueError("mean and std must be three finite numbers each")
         if min(self.std) <= 0:
@@ -62,6 +72,8 @@ class ExtractSpec:
     def __post_init__(self) -> None:
         if len(self.weights_digest) != 64 or set(self.weights_digest) - set("0123456789abcdef"):
             raise ValueError("weights_digest must be 64 lower-case hex digits")
+        if self.compute not in COMPUTES:
+            raise ValueError(f"compute {self.compute!r} is none of {', '.join(COMPUTES)}")
 
     def digest(self) -> str:
         """Return 64 hex digits: SHA-256 of the canonical JSON (sorted keys, no spaces)."""

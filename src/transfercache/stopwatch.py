@@ -43,3 +43,12 @@ class Stopwatch:
         """Return the stages so far and `total`, all in seconds."""
         with self._lock:
             return {**self._stages, "total": self.elapsed()}
+
+
+def busiest(seconds: Mapping[str, float], *, threads: Mapping[str, int]) -> str:
+    """Return the stage that the others wait for; `threads` is how many run each.
+
+    That is the one whose threads were at work for most of the time. Stages that share their cores hold each other up,
+    which does not change who waits.
+    """
+    return max(threads, key=lambda stage: seconds.get(stage, 0.0) / threads[stage])

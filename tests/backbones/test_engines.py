@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from transfercache.backbones.available import bf16_units
 from transfercache.backbones.engines import EagerEngine, canary_pixels, full_float32, normalise
 from transfercache.backbones.registry import Backbone, load_backbone
+from transfercache.errors import ResourceError
 
 CPU = torch.device("cpu")
 
@@ -105,3 +108,62 @@ def test_canary_pixels__are_smooth_and_differ() -> None:
     assert pixels.min() < 30
     assert pixels.max() > 225
     assert np.abs(pixels[0] - pixels[1]).mean() > 30
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, as a share of the largest feature."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.skipif(not bf16_units(), reason="this processor has no bfloat16 units")
+def test_bf16__is_near_float32(resnet18: Backbone) -> None:
+    pixels = canary_pixels(224)
+    features = EagerEngine(resnet18, CPU, compute="bf16").embed(pixels)
+    assert features.dtype == np.float32
+    assert 1e-4 < relative_error(features, EagerEngine(resnet18, CPU).embed(pixels)) < 5e-2
+
+
+class Cramped(torch.nn.Module):
+    """The mean colour of each image, in a memory that holds a few of them."""
+
+    def __init__(self, holds: int) -> None:
+        super().__init__()
+        self.holds, self.sizes = holds, []
+
+    def __deepcopy__(self, memo: object) -> Cramped:
+        return self  # so that the test sees what its copy does
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.holds:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return images.mean((2, 3))
+
+
+def test_embed__of_a_batch_that_does_not_fit__halves_it_and_says_so_once(
+    resnet18: Backbone, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = Cramped(holds=3)
+    engine = EagerEngine(replace(resnet18, network=network), CPU)
+    pixels = varied_pixels(16, 8)
+    features = [engine.embed(pixels), engine.embed(pixels[::-1].copy())]
+    expected = EagerEngine(replace(resnet18, network=Cramped(holds=16)), CPU).embed(pixels)
+    np.testing.assert_allclose(features[0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(features[1], features[0][::-1])
+    # 16 and 8 images, then 4, do not fit; the next batch starts with what fitted.
+    assert network.sizes == [16, 8, 4, *[2] * 8, *[2] * 8]
+    assert caplog.messages == ["cpu: out of memory for 16 images; from now on 2 at once"]
+    engine.embed(pixels[:1])
+    assert caplog.messages[1:] == []
+
+
+def test_embed__of_an_image_that_does_not_fit__is_refused(resnet18: Backbone) -> None:
+    engine = EagerEngine(replace(resnet18, network=Cramped(holds=0)), CPU)
+    with pytest.raises(ResourceError, match=r"^cpu: out of memory for a single image; choose a smaller --backbone$"):
+        engine.embed(varied_pixels(3, 8))
+
+
+def test_embed__of_another_error__is_not_tried_again(resnet18: Backbone) -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        EagerEngine(replace(resnet18, network=network), CPU).embed(varied_pixels(2, 8))

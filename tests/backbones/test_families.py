@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from transfercache.backbones.available import is_openvino_installed
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import Backbone, load_backbone
+
+CPU = torch.device("cpu")
 
 # The smallest member of each family, and the width of its embedding.
 SMALLEST = {
@@ -86,11 +90,21 @@ def test_pooled__times_the_classifier_is_the_networks_logits(backbone: Backbone)
 
 
 def test_embed__equals_plain_torchvision_in_nchw(backbone: Backbone) -> None:
-    features = EagerEngine(backbone, torch.device("cpu")).embed(pixels_for(backbone))
+    features = EagerEngine(backbone, CPU).embed(pixels_for(backbone))
     with torch.inference_mode():
         expected = copy.deepcopy(backbone.network)(torchvision_inputs(backbone)).numpy()
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not is_openvino_installed(), reason="the extra `openvino` is not installed")
+def test_embed__by_openvino_equals_eager(backbone: Backbone) -> None:
+    from transfercache.backbones.openvino_engine import OpenvinoEngine
+
+    pixels = pixels_for(backbone)
+    cut = replace(backbone, preprocessing=replace(backbone.preprocessing, crop=pixels.shape[1]))
+    features, expected = (engine.embed(pixels) for engine in (OpenvinoEngine(cut), EagerEngine(cut, CPU)))
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_backbone__is_in_eval_mode_and_has_its_stages(backbone: Backbone) -> None:

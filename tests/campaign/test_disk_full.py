@@ -20,7 +20,7 @@ from transfercache.cache.store import Store
 from transfercache.errors import CacheError
 
 from .conftest import find_problems, make_old, write_photos
-from .forks import BACKBONE, Command, Ended, Forks, empty_disk, forking
+from .forks import BACKBONE, ENGINE, Command, Ended, Forks, empty_disk, forking
 
 N_IMAGES = 48
 # So many rows, sharing those images' slots, that the rows file is larger than what is kept free beside a shard.
@@ -119,7 +119,14 @@ class Undisturbed:
 
 
 def _extract(forks: Forks, data: Path, cache_dir: Path, *, fill_at: int | None = None) -> Ended:
-    words = [f"--backbone={BACKBONE}", "--weights=random", "--batch-size=4", "--json", f"--cache-dir={cache_dir}"]
+    words = [
+        f"--backbone={BACKBONE}",
+        ENGINE,
+        "--weights=random",
+        "--batch-size=4",
+        "--json",
+        f"--cache-dir={cache_dir}",
+    ]
     return forks.run(Command(["extract-features", str(data), *words], fill_at=fill_at, fill=str(cache_dir)))
 
 

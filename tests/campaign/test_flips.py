@@ -15,7 +15,7 @@ from transfercache.cache.catalogue import FILE_NAME, ShardEntry, read_catalogue
 from transfercache.cache.reader import open_cache
 
 from .conftest import find_problems, write_photos
-from .forks import BACKBONE, Command, Ended, Forks
+from .forks import BACKBONE, ENGINE, Command, Ended, Forks
 
 # In each part, of each storage dtype: a tenth of those of --campaign.
 N_FLIPS = 4
@@ -31,7 +31,14 @@ BACKBONES = {"float32": BACKBONE, "float16": "resnet18"}
 def extracted(request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve photographs in two views, then six more: two finished shards."""
     folder, dtype = tmp_path_factory.mktemp(request.param), request.param
-    words = [f"--backbone={BACKBONES[dtype]}", "--weights=random", "--views=2", f"--storage-dtype={dtype}", "--json"]
+    words = [
+        f"--backbone={BACKBONES[dtype]}",
+        ENGINE,
+        "--weights=random",
+        "--views=2",
+        f"--storage-dtype={dtype}",
+        "--json",
+    ]
     for seeds in (range(12), range(18)):
         data = write_photos(folder / "pets", seeds)
         ended = forks.run(Command(["extract-features", str(data), *words, f"--cache-dir={folder / 'cache'}"]))

@@ -21,7 +21,7 @@ from transfercache.cache.shard import ShardReader
 from transfercache.errors import CacheError
 
 from .conftest import find_problems, write_photos
-from .forks import BACKBONE, Call, Command, Ended, Forks
+from .forks import BACKBONE, ENGINE, Call, Command, Ended, Forks
 
 # What lies on the disk after a kill tells how far the extractor had come.
 LAYING_OUT = "laying out"  # until the first row
@@ -40,7 +40,7 @@ SHARES = {LAYING_OUT: 0.12, WRITING: 0.36, VERIFYING: 0.16, PUBLISHING: 0.2, REN
 # A call takes microseconds, or a millisecond where it syncs, and is held up for half a millisecond before: a kill comes
 # while it waits, inside it, or soon after it.
 MAX_DELAY_SECONDS = 0.001
-WORDS = (f"--backbone={BACKBONE}", "--weights=random", "--batch-size=4", "--json", "--on-bad=skip")
+WORDS = (f"--backbone={BACKBONE}", ENGINE, "--weights=random", "--batch-size=4", "--json", "--on-bad=skip")
 
 N_IMAGES = 48
 

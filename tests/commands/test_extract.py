@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import transfercache
+from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.engines import EagerEngine, canary_pixels
 from transfercache.backbones.registry import load_backbone
@@ -49,10 +50,13 @@ def test_result__has_the_fields_of_the_command_line(extraction: Extraction) -> N
     document = json.loads(json.dumps(extraction.to_json()))
     assert list(document) == [
         "cache", "rows", "views", "computed", "reused", "checked", "bad", "straddling",
-        "dim", "seconds", "images_per_second", "engine", "device",
+        "dim", "seconds", "images_per_second", "engine", "compute", "device",
     ]  # fmt: skip
-    assert (document["rows"], document["computed"], document["dim"], document["engine"]) == (16, 16, 512, "eager")
-    assert set(document["seconds"]) == {"hash", "decode", "forward", "write", "total"}
+    assert (document["rows"], document["computed"], document["dim"]) == (16, 16, 512)
+    assert (document["engine"], document["compute"]) == (choose_engine(device="auto").engine, "fp32")
+    seconds = document["seconds"]
+    assert set(seconds) == {"hash", "loop", "decode", "forward", "write", "total"}
+    assert seconds["forward"] < seconds["loop"] < seconds["total"] - seconds["hash"]
     assert document["images_per_second"] == 16 / document["seconds"]["total"]
     assert document["cache"].endswith(f"pets-resnet18-pooled-{extraction.open().spec.digest()[:8]}")
 
@@ -89,7 +93,7 @@ def test_record__counts_interrupted_runs_and_says_what_it_does_not_know(
         return embed(engine, pixels)
 
     def extract(folder: str) -> Extraction:
-        return extract_features(pets, weights="random", cache_dir=tmp_path / folder, batch_size=4)
+        return extract_features(pets, weights="random", engine="eager", cache_dir=tmp_path / folder, batch_size=4)
 
     monkeypatch.setattr(EagerEngine, "embed", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -256,9 +256,9 @@ def test_predict__rows_of_other_versions__are_computed_where_they_do_not_agree(
     extraction: Extraction, pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     head = train_head(extraction, C=1.0, out=tmp_path / "head").head
-    expected = predict(head, [pets], cache_dir=extraction.cache.parent).images
+    expected = predict(head, [pets], engine="eager", cache_dir=extraction.cache.parent).images
     monkeypatch.setattr("transfercache.commands.predict.installed_versions", lambda: {"torch": "99"})
-    assert predict(head, [pets], cache_dir=extraction.cache.parent).images == expected
+    assert predict(head, [pets], engine="eager", cache_dir=extraction.cache.parent).images == expected
     assert caplog.messages == []
     embed = EagerEngine.embed
 
@@ -268,7 +268,9 @@ def test_predict__rows_of_other_versions__are_computed_where_they_do_not_agree(
         return features if len(pixels) == 4 else features[:, ::-1].copy()
 
     monkeypatch.setattr(EagerEngine, "embed", embed_otherwise)
-    turned = predict(head, [pets], cache_dir=extraction.cache.parent).images
+    turned = predict(head, [pets], engine="eager", cache_dir=extraction.cache.parent).images
     assert [image.probability for image in turned] != [image.probability for image in expected]
     (message,) = caplog.messages
-    assert message.startswith(f"computed instead of taken from there: {extraction.cache}: made by engine eager, ")
+    assert message.startswith(
+        f"computed instead of taken from there: {extraction.cache}: made by engine {extraction.engine}, "
+    )

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from transfercache.commands.cached_rows import labelled_table
 from transfercache.commands.extract import Extraction, extract_features
-from transfercache.commands.train import labelled_table, train_head
+from transfercache.commands.train import train_head
 from transfercache.errors import DataError, UsageError
 from transfercache.heads.fit import fit_head
 from transfercache.models.head_file import load_model
@@ -42,7 +43,8 @@ def test_train_head__of_a_path__is_that_of_the_extraction(extraction: Extraction
 def test_train_head__has_the_fields_of_the_command_line(extraction: Extraction) -> None:
     document = json.loads(json.dumps(train_head(extraction).to_json(), allow_nan=False))
     assert list(document) == [
-        "head", "solver", "chosen", "n_train", "views", "tta", "straddling", "reported", "seconds",
+        "head", "solver", "chosen", "n_train", "views", "tta", "bundled", "straddling", "reported", "calibration",
+        "suspects", "shots", "learning_curve", "more_labels", "seeds", "seconds",
     ]  # fmt: skip
     assert set(document["seconds"]) == {"load", "fit", "total"}
     assert {"split", "accuracy", "interval", "n", "balanced_accuracy", "macro_f1", "log_loss", "per_class"} <= set(

@@ -24,7 +24,8 @@ from transfercache.images.manifest import Manifest
 
 from .conftest import RECORD, MakeSetting, read, spec_of, write_photos
 
-NAMES = ["knn", "logistic", "linear", "pixels-knn", "tutorial-frozen", "finetune", "scratch", "tutorial-finetune"]
+HEADS = ["logistic", "ridge", "linear"]
+NAMES = ["knn", *HEADS, "pixels-knn", "tutorial-frozen", "finetune", "scratch", "tutorial-finetune"]
 
 
 def strategy(name: str) -> Strategy:
@@ -65,7 +66,7 @@ def test_run_strategy__same_rows_and_all_training_rows_for_each(setting: Setting
     assert result.tlc_version
 
 
-@pytest.mark.parametrize("name", ["knn", "logistic", "linear"])
+@pytest.mark.parametrize("name", ["knn", *HEADS])
 def test_cached__extraction_is_in_the_first_run_alone(setting: Setting, name: str) -> None:
     result = run_strategy(strategy(name), setting, seed=0)
     stages = result.seconds.stages
@@ -81,8 +82,9 @@ def test_cached__probabilities_are_those_of_the_heads_room(setting: Setting) -> 
     train, reported = setting.rows.divide(setting.embeddings().table())
     queries = reported.features
     expected = {
-        "knn": knn_probabilities(train.features, train.labels, queries, k=KNN_NEIGHBOURS, n_classes=2),
+        "knn": knn_probabilities(train.blocks, train.labels, queries, k=KNN_NEIGHBOURS, n_classes=2),
         "logistic": fit_head(train, solver="logistic", seed=5).probabilities(queries),
+        "ridge": fit_head(train, solver="ridge", seed=5).probabilities(queries),
         "linear": fit_head(train, solver="linear", seed=5).probabilities(queries),
     }
     for name, probabilities in expected.items():

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -7,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transfercache.cache.shard import ShardWriter
+from transfercache.errors import ResourceError
 from transfercache.extract.loop import EmbeddedBatch, Embedder, PendingView
 from transfercache.images.manifest import hash_files
 from transfercache.images.sources import read_source
@@ -62,3 +67,64 @@ def test_embed__rows_do_not_depend_on_their_company(photos: Path, make_engine: A
     alone = _embed(photos, make_engine(), [PendingView(slot=5, row=5)], Stopwatch())[0].features[0]
     together = _embed(photos, make_engine(), [PendingView(slot=row, row=row) for row in range(8)], Stopwatch())
     np.testing.assert_array_equal(together[1].features[1], alone)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_embed__on_a_terminal__tells_pace_bottleneck_and_time_left(
+    photos: Path, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    watch = Stopwatch({"forward": 1000.0})
+    _embed(photos, make_engine(), [PendingView(slot=row, row=row) for row in range(10)], watch)
+    last = sys.stderr.getvalue().split("\r")[-1]
+    assert re.search(r"extract: 100%.* 10/10 \[00:0\d<00:00, +[\d.]+img/s, limited by forward\]", last)
+
+
+def test_embed__off_a_terminal__is_silent(photos: Path, make_engine: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    _embed(photos, make_engine(), [PendingView(slot=row, row=row) for row in range(10)], Stopwatch())
+    assert capfd.readouterr() == ("", "")
+
+
+def test_fill_shard__computes_while_it_writes(
+    extractor: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write waits until the second batch is computed: one after the other would never end."""
+    write, second = ShardWriter.write, threading.Event()
+
+    class Announcing(make_engine):
+        def embed(self, pixels: np.ndarray) -> np.ndarray:
+            features = super().embed(pixels)
+            if len(self.batches) == 2:
+                second.set()
+            return features
+
+    def late(self: ShardWriter, *args: Any) -> None:
+        assert second.wait(timeout=30)
+        write(self, *args)
+
+    monkeypatch.setattr(ShardWriter, "write", late)
+    assert extractor.run(Announcing()).computed == 10
+
+
+def test_fill_shard__a_write_that_fails__ends_it_and_keeps_what_was_written(
+    extractor: Any, make_engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, write, n_writes = threading.active_count(), ShardWriter.write, 0
+
+    def full(self: ShardWriter, *args: Any) -> None:
+        nonlocal n_writes
+        n_writes += 1
+        if n_writes == 2:
+            raise ResourceError("no space left on the disk")
+        write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", full)
+        with pytest.raises(ResourceError, match="no space left"):
+            extractor.run()
+    assert threading.active_count() == before
+    assert extractor.run().computed == 4  # the second batch: the others were written

@@ -14,8 +14,8 @@ import pytest
 from transfercache.cache.provenance import vouch
 from transfercache.cache.store import Store
 from transfercache.errors import CacheError, DecodeError, LockedError, ResourceError
-from transfercache.extract import loop
 from transfercache.extract.parity import MIN_COSINE
+from transfercache.images import decoders
 
 NEWER = {"torch": "3.0", "pillow": "12.0"}
 
@@ -76,7 +76,7 @@ def test_other_versions__are_refused_below_the_cosine(four: Any, turned: Any, de
     if not is_refused:
         assert four.run(turned(degrees)).checked == 4
         return
-    assert np.cos(np.radians(degrees)) < MIN_COSINE
+    assert np.cos(np.radians(degrees)) < MIN_COSINE["fp32"]
     with pytest.raises(CacheError) as refused:
         four.run(turned(degrees))
     message = str(refused.value)
@@ -141,7 +141,7 @@ def test_image_that_newer_versions_cannot_read__is_no_agreement(four: Any, monke
     def refuse(data: bytes, path: str) -> None:
         raise DecodeError(path, "not read any more")
 
-    monkeypatch.setattr(loop, "decode_image", refuse)
+    monkeypatch.setattr(decoders, "decode_image", refuse)
     with pytest.raises(CacheError, match=r"\(cosine 0\.00000 for cat/"):
         four.run()
 

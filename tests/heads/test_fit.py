@@ -193,7 +193,7 @@ def test_fit_head__below_two_classes_is_an_error(make_table, labels, message):
         ({"solver": "linear", "C": 1.0}, "--C belongs to --solver logistic"),
         (
             {"solver": "linear", "C": "auto"},
-            "--C belongs to --solver logistic and ridge and sklearn, and linear has none; leave it out",
+            "--C belongs to --solver logistic, ridge, sklearn, and linear has none; leave it out",
         ),
         ({"optimizer": "adamw"}, "--optimizer belongs to --solver linear, and logistic has none; leave it out"),
     ],

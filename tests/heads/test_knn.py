@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from transfercache.cache import blocks
 from transfercache.errors import DataError
 from transfercache.heads import knn
 
 
 def knn_probabilities(table, queries, *, k, n_classes):
-    return knn.knn_probabilities(table.features, table.labels, queries, k=k, n_classes=n_classes)
+    return knn.knn_probabilities(table.blocks, table.labels, queries, k=k, n_classes=n_classes)
 
 
 def unit(degrees) -> np.ndarray:
@@ -74,7 +75,8 @@ def test_knn__blocks_do_not_change_the_result(make_table, overlapping, monkeypat
     features, labels = overlapping
     table = make_table(features[:200], labels[:200])
     whole = knn_probabilities(table, features[200:], k=5, n_classes=3)
-    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 200 * 7)
+    monkeypatch.setattr(knn, "BLOCK_ELEMENTS", 21 * 7)
+    monkeypatch.setattr(blocks, "BLOCK_ROWS", 21)
     np.testing.assert_allclose(knn_probabilities(table, features[200:], k=5, n_classes=3), whole, atol=1e-9)
 
 

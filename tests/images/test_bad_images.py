@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfercache.errors import DecodeError
-from transfercache.images.decode import load_image
+from transfercache.errors import DecodeError, ResourceError
+from transfercache.images.decode import read_image_bytes
+from transfercache.images.decoders import Decoder, pick_decoder
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.scan import IMAGE_EXTENSIONS
 from transfercache.images.sources import read_source
+from transfercache.spec import DECODERS, Preprocessing
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "images.md"
 
@@ -191,12 +193,22 @@ def test_document__has_a_line_for_each_case_that_is_tested() -> None:
     assert f"(`{' '.join(IMAGE_EXTENSIONS)}`)" in DOCUMENT.read_text()
 
 
-def bad_rows(manifest: Manifest) -> list[str]:
+@pytest.fixture(params=DECODERS)
+def decode(request: pytest.FixtureRequest) -> Decoder:
+    try:
+        return pick_decoder(Preprocessing(32, 32, "bilinear", (0.5,) * 3, (0.5,) * 3, decoder=request.param))
+    except ResourceError as missing:
+        pytest.skip(str(missing))
+
+
+def bad_rows(manifest: Manifest, decode: Decoder) -> list[str]:
     """The reasons of the rows that cannot be read, then of those that cannot be decoded."""
     reasons = list(manifest.unreadable.values())
     for row in np.flatnonzero(manifest.is_readable()).tolist():
         try:
-            assert load_image(manifest.path_of(row), manifest.paths[row]).mode == "RGB"
+            path = manifest.paths[row]
+            pixels = np.array(decode(read_image_bytes(manifest.path_of(row), path), path))
+            assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
         except DecodeError as error:
             reasons.append(error.reason)
     return reasons
@@ -211,14 +223,14 @@ def what_is_done(manifest: Manifest, bad: list[str]) -> str:
 
 
 @pytest.mark.parametrize("what", CASES)
-def test_document__is_what_tlc_does(what: str, tmp_path: Path) -> None:
+def test_document__is_what_tlc_does(what: str, decode: Decoder, tmp_path: Path) -> None:
     folder = tmp_path / "photos" / "a"
     folder.mkdir(parents=True)
     (folder / "good.png").write_bytes(PNG)
     CASES[what](folder)
     data = folder.parent / "rows.csv"
     manifest = hash_files(read_source(data if data.exists() else folder.parent), known={}, scanned_ns=0)
-    bad = bad_rows(manifest)
+    bad = bad_rows(manifest, decode)
     says = [*bad, *manifest.skipped]
     line = TABLE[what]
     assert line.does == what_is_done(manifest, bad)

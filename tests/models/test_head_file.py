@@ -54,6 +54,18 @@ def test_round_trip__of_a_fine_tuned_model__keeps_every_tensor(finetuned: Model,
         np.testing.assert_array_equal(loaded.backbone_tensors[name], tensor, strict=True)
 
 
+def test_round_trip__of_a_bundled_model__keeps_the_frozen_tensors_apart(
+    model: Model, finetuned: Model, tmp_path: Path
+) -> None:
+    save_model(replace(model, bundled_tensors=finetuned.backbone_tensors), tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert not loaded.is_finetuned
+    assert loaded.backbone_tensors == {}
+    assert loaded.bundled_tensors.keys() == finetuned.backbone_tensors.keys()
+    for name, tensor in finetuned.backbone_tensors.items():
+        np.testing.assert_array_equal(loaded.bundled_tensors[name], tensor, strict=True)
+
+
 def test_save__makes_folders_and_replaces_the_file(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "a/b/head.safetensors"
     save_model(model, path)

@@ -44,13 +44,18 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch, or a library below it, was refused memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(part in str(error) for part in _OUT_OF_MEMORY)
+
+
 @contextmanager
 def memory_errors(device: torch.device) -> Iterator[None]:
     """Turn torch's refusal of memory for a batch into a ResourceError; every other error stays as it is."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(part in str(error) for part in _OUT_OF_MEMORY):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         raise ResourceError(f"{device}: out of memory for a batch of images; give a smaller --batch-size") from error
 

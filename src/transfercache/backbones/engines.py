@@ -1,8 +1,9 @@
-"""Engines run a backbone over batches of pixels; every engine gives the same features within 1e-4."""
+"""Engines run a backbone over batches of pixels; in float32 every engine gives the same features within 1e-4."""
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,14 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfercache import config
-from transfercache.backbones.devices import memory_errors, synchronize
+from transfercache.backbones import available
+from transfercache.backbones.devices import is_out_of_memory
 from transfercache.backbones.registry import Backbone
+from transfercache.errors import ResourceError
 from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
 
 _N_CANARIES = 4
 _CANARY_GRID = 7  # a few blobs across the image: smooth, as photographs are
+
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# On a GPU one half of a batch is copied while the other is computed.
+_CUDA_PIECES = 2
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -31,36 +40,71 @@ class Engine(Protocol):
 
 
 class EagerEngine:
-    """Plain PyTorch in float32, the engine that all others are held to."""
+    """Plain PyTorch, as it is (in float32 the engine that all others are held to) or compiled, as `name` says."""
 
-    name = config.ENGINE
-
-    def __init__(self, backbone: Backbone, device: torch.device) -> None:
+    def __init__(
+        self, backbone: Backbone, device: torch.device, *, compute: str = "fp32", name: str = available.EAGER
+    ) -> None:
+        self.name = name
         self._preprocessing = backbone.preprocessing
         self._device = device
+        self._half = _HALF.get(compute)
+        self._n_pieces = _CUDA_PIECES if device.type == "cuda" else 1
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A copy, so that the backbone stays as it was loaded. Convolutions run faster on channels-last memory, and
         # the pixels come in that order anyway.
-        self._network = copy.deepcopy(backbone.network).eval()
-        self._network.to(device).to(memory_format=torch.channels_last)
+        network = copy.deepcopy(backbone.network).eval().to(device)
+        self._network = network.to(memory_format=torch.channels_last)
+        self._forward = torch.compile(network, dynamic=False) if name == available.COMPILE else network
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return float32 [B, D] for uint8 [B, H, W, 3], row by row; done when it returns.
 
-        Raises ResourceError where the batch does not fit into the device's memory.
+        A batch that does not fit into the device's memory is halved until it does, which is logged, and so are those
+        after it. Raises ResourceError where not even one image fits.
         """
-        with torch.inference_mode(), full_float32(), memory_errors(self._device):
-            inputs = normalise(self._on_device(pixels), self._preprocessing)
-            features = self._network(inputs).float().cpu()
-            synchronize(self._device)
-        array: NDArray[np.float32] = features.numpy()
-        return array
+        n_pieces = min(self._n_pieces, len(pixels))
+        while (features := self._in_pieces(pixels, n_pieces)) is None:
+            if n_pieces >= len(pixels):
+                raise ResourceError(f"{self._device}: out of memory for a single image; choose a smaller --backbone")
+            n_pieces = min(2 * n_pieces, len(pixels))
+        if n_pieces > self._n_pieces:
+            self._n_pieces = n_pieces
+            at_once = -(-len(pixels) // n_pieces)
+            logger.warning(
+                "%s: out of memory for %d images; from now on %d at once", self._device, len(pixels), at_once
+            )
+        return features
+
+    def _in_pieces(self, pixels: NDArray[np.uint8], n_pieces: int) -> NDArray[np.float32] | None:
+        """Return the features, or None where a piece does not fit."""
+        # Sums that autocast leaves alone, such as a norm's, stay in float32.
+        half = torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None)
+        try:
+            with torch.inference_mode(), full_float32(), half:
+                parts = [self._embed_piece(piece) for piece in np.array_split(pixels, n_pieces)]
+                features: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+        return features
+
+    def _embed_piece(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
+        features: torch.Tensor = self._forward(normalise(self._on_device(pixels), self._preprocessing))
+        return features.float()
 
     def _on_device(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
         # One byte a value crosses to the device, four times less than float32. Torch warns about read-only arrays.
         batch = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
-        if self._device.type == "cuda":
-            return batch.pin_memory().to(self._device, non_blocking=True)
-        return batch.to(self._device)
+        if self._copies is None:
+            return batch.to(self._device)
+        with torch.cuda.stream(self._copies):
+            copied = batch.pin_memory().to(self._device, non_blocking=True)
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._copies)
+        copied.record_stream(computing)  # its memory is free when that is done, not when this function is
+        return copied
 
 
 def normalise(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

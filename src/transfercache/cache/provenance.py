@@ -26,7 +26,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 def makers_of(engine: str, versions: Mapping[str, str]) -> dict[str, str]:
     """Return the engine, and of the installed `versions` those of the packages that an embedding passes through."""
-    return {"engine": engine, **{name: versions[name] for name in _MAKERS if name in versions}}
+    return {"engine": engine, **{name: versions[name] for name in (*_MAKERS, engine) if name in versions}}
 
 
 def vouch(runs: Iterable[Run], makers: Mapping[str, str]) -> bool:

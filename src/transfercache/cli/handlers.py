@@ -9,7 +9,7 @@ import typer
 
 from transfercache import config
 from transfercache.cli import options
-from transfercache.cli.output import finish, show_epoch
+from transfercache.cli.output import finish, show_epoch, show_line
 
 
 def extract_features(
@@ -19,8 +19,10 @@ def extract_features(
     views: options.Views = None,
     storage_dtype: options.StorageDtype = config.STORAGE_DTYPE,
     compute: options.Compute = config.COMPUTE,
+    decode: options.Decode = config.DECODE,
     device: options.Device = config.DEVICE,
-    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    engine: options.Engine = config.ENGINE,
+    batch_size: options.ExtractBatchSize = None,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
     part: Annotated[
@@ -56,7 +58,9 @@ def extract_features(
         views=views,
         storage_dtype=storage_dtype,
         compute=compute,
+        decode=decode,
         device=device,
+        engine=engine,
         batch_size=batch_size,
         workers=workers,
         cache_dir=cache_dir,
@@ -66,6 +70,7 @@ def extract_features(
         split_seed=split_seed,
         verify_content=verify_content,
         on_bad=on_bad,
+        on_engine=show_line,
     )
     return finish(result, as_json=json, on_bad=on_bad)
 
@@ -74,10 +79,14 @@ def train_head(
     cache: Annotated[
         str, typer.Argument(metavar="CACHE|DATA", help="A cache folder, or the DATA of one.", show_default=False)
     ],
-    solver: Annotated[str, typer.Option(help="logistic, linear, or knn (which only evaluates).")] = config.SOLVER,
+    solver: Annotated[
+        str, typer.Option(help="logistic, ridge, linear, sklearn, or knn (which only evaluates).")
+    ] = config.SOLVER,
     C: Annotated[
         str | None,
-        typer.Option("--C", metavar="auto|FLOAT", help="Inverse regularisation of logistic.", show_default=config.C),
+        typer.Option(
+            "--C", metavar="auto|FLOAT", help="Inverse regularisation, of all but linear.", show_default=config.C
+        ),
     ] = None,
     class_weight: Annotated[
         config.ClassWeight | None,
@@ -87,6 +96,30 @@ def train_head(
         config.Optimizer | None,
         typer.Option(help="Of the linear solver.", show_default=config.OPTIMIZER),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Fit a temperature to held-out training images.")
+    ] = False,
+    suspects: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.csv",
+            help="Write the training labels there, the most suspicious first; edited, it fits --labels.",
+            show_default=False,
+        ),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(metavar="K,K,...", help="Also train on K images a class, many times.", show_default=False),
+    ] = None,
+    learning_curve: Annotated[
+        bool, typer.Option("--learning-curve", help="Also train on shares of the images: would more labels help?")
+    ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Above 1: also the mean and spread of so many seeds, from --seed on.")
+    ] = config.SEEDS,
+    repeats: Annotated[
+        int, typer.Option(min=2, help="Draws of each size, for --shots and --learning-curve.")
+    ] = config.REPEATS,
     backbone: options.Backbone = config.BACKBONE,
     weights: options.Weights = config.WEIGHTS,
     cache_dir: options.CacheDir = None,
@@ -97,6 +130,9 @@ def train_head(
         bool, typer.Option("--tta", help="Report the mean of an image's views (extract-features --views).")
     ] = False,
     seed: options.Seed = config.SEED,
+    bundle: Annotated[
+        bool, typer.Option("--bundle", help="Put the backbone into the MODEL: predict then needs no other weights.")
+    ] = False,
     out: options.Out = None,
     json: options.Json = False,
 ) -> int:
@@ -109,6 +145,12 @@ def train_head(
         C=C,
         class_weight=class_weight,
         optimizer=optimizer,
+        calibrate=calibrate,
+        suspects=suspects,
+        shots=shots,
+        learning_curve=learning_curve,
+        seeds=seeds,
+        repeats=repeats,
         backbone=backbone,
         weights=weights,
         cache_dir=cache_dir,
@@ -117,6 +159,7 @@ def train_head(
         split_seed=split_seed,
         tta=tta,
         seed=seed,
+        bundle=bundle,
         out=out,
     )
     return finish(result, as_json=json)
@@ -187,7 +230,7 @@ def compare(
     strategies: Annotated[
         str,
         typer.Option(
-            help="Of knn, logistic, linear, finetune, scratch, pixels-knn, tutorial-frozen, tutorial-finetune."
+            help="Of knn, logistic, ridge, linear, finetune, scratch, pixels-knn, tutorial-frozen, tutorial-finetune."
         ),
     ] = config.STRATEGIES,
     backbone: options.Backbones = [config.BACKBONE],  # noqa: B006 - typer hands out copies
@@ -195,8 +238,10 @@ def compare(
     views: options.Views = None,
     storage_dtype: options.StorageDtype = config.STORAGE_DTYPE,
     compute: options.Compute = config.COMPUTE,
+    decode: options.Decode = config.DECODE,
     device: options.Device = config.DEVICE,
-    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    engine: options.Engine = config.ENGINE,
+    batch_size: options.ExtractBatchSize = None,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
     labels: options.Labels = None,
@@ -231,7 +276,9 @@ def compare(
             views=views,
             storage_dtype=storage_dtype,
             compute=compute,
+            decode=decode,
             device=device,
+            engine=engine,
             batch_size=batch_size,
             workers=workers,
             cache_dir=cache_dir,
@@ -265,7 +312,8 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to list an image.")] = config.TOP,
     device: options.Device = config.DEVICE,
-    batch_size: options.ExtractBatchSize = config.EXTRACT_BATCH_SIZE,
+    engine: options.Engine = config.ENGINE,
+    batch_size: options.ExtractBatchSize = None,
     workers: options.Workers = None,
     cache_dir: options.CacheDir = None,
     on_bad: options.OnBad = config.ON_BAD,
@@ -283,6 +331,7 @@ def predict(
         weights=weights,
         top=top,
         device=device,
+        engine=engine,
         batch_size=batch_size,
         workers=workers,
         cache_dir=cache_dir,
@@ -309,7 +358,14 @@ def demo(
     return finish(result, as_json=json)
 
 
+def doctor(json: options.Json = False) -> int:
+    """Say what this machine can compute with, what would be faster, and where caches and weights lie."""
+    from transfercache.commands.doctor import doctor as command
+
+    return finish(command(), as_json=json)
+
+
 def register(app: typer.Typer) -> None:
     """Add every command to `app`, in the order in which a newcomer meets them."""
-    for handler in (demo, extract_features, train_head, finetune, compare, predict):
+    for handler in (demo, extract_features, train_head, finetune, compare, predict, doctor):
         app.command()(handler)

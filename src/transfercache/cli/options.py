@@ -45,9 +45,37 @@ StorageDtype = Annotated[
     config.StorageDtype,
     typer.Option(help="Of the embeddings on the disk; auto is float32.", rich_help_panel="Backbone"),
 ]
-Compute = Annotated[config.Compute, typer.Option(help="Precision; auto is fp32.", rich_help_panel="Machine")]
+Decode = Annotated[
+    config.Decode,
+    typer.Option(
+        help="fast: JPEG by TorchCodec, within 2 grey levels (extra fast). draft: large JPEG shrunk as it is decoded.",
+        rich_help_panel="Backbone",
+    ),
+]
+Compute = Annotated[
+    config.Compute,
+    typer.Option(
+        help="Precision; auto is fp32. bf16 needs AMX, AVX-512 BF16 or an NVIDIA GPU, fp16 an NVIDIA GPU.",
+        rich_help_panel="Backbone",
+    ),
+]
 Device = Annotated[config.Device, typer.Option(help="auto: a GPU where there is one.", rich_help_panel="Machine")]
-ExtractBatchSize = Annotated[int, typer.Option(min=1, help="Images a forward pass.", rich_help_panel="Machine")]
+Engine = Annotated[
+    config.Engine,
+    typer.Option(
+        help="auto: on a CPU openvino where it is installed, else eager; compile is for NVIDIA GPUs.",
+        rich_help_panel="Machine",
+    ),
+]
+ExtractBatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images a batch; what does not fit into memory is computed in pieces.",
+        show_default="32, on an NVIDIA GPU 256",
+        rich_help_panel="Machine",
+    ),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Decoding threads; one a core by default.", show_default=False, rich_help_panel="Machine"),

@@ -60,6 +60,11 @@ def finish(result: Result, *, as_json: bool, on_bad: str = "fail") -> int:
     return DataError.exit_code if result.bad and on_bad == "fail" else 0
 
 
+def show_line(line: str) -> None:
+    """Print a line about what is going on on stderr."""
+    print(one_line(line), file=sys.stderr)
+
+
 def show_epoch(epoch: EpochRecord) -> None:
     """Print one line about a finished epoch on stderr."""
     held_out = ""

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transfercache import config
-from transfercache.backbones.devices import device_name, pick_device
+from transfercache.backbones.choice import choose_engine
+from transfercache.backbones.devices import device_name
 from transfercache.backbones.registry import RANDOM, load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.extract import Extraction, extract_manifest
@@ -37,6 +38,7 @@ from transfercache.comparison.summary import Entry, LeftOut, Summary
 from transfercache.environment import describe_environment
 from transfercache.errors import UsageError
 from transfercache.files import resource_errors, write_atomic
+from transfercache.images.decoders import pick_decoder
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
 from transfercache.report.comparison import html_table, result_line, terminal_table
@@ -50,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FOLDER = "results"
 #: What a comparison can recommend, and the command that does it on the whole of the data.
-_HEADS = ("logistic", "linear")
+_HEADS = ("logistic", "ridge", "linear")
 _FINETUNE = "finetune"
 
 
@@ -113,8 +115,10 @@ def compare(
     views: int | None = None,
     storage_dtype: config.StorageDtype = config.STORAGE_DTYPE,
     compute: config.Compute = config.COMPUTE,
+    decode: config.Decode = config.DECODE,
     device: config.Device = config.DEVICE,
-    batch_size: int = config.EXTRACT_BATCH_SIZE,
+    engine: config.Engine = config.ENGINE,
+    batch_size: int | None = None,
     workers: int | None = None,
     cache_dir: Path | str | None = None,
     labels: Path | str | None = None,
@@ -141,15 +145,17 @@ def compare(
     Raises DataError, UsageError (unknown strategy or backbone), WeightsError, CacheError, ResourceError.
     """
     start = time.perf_counter()
-    options = EmbedOptions(compute, storage_dtype, views, device, batch_size, workers)
+    options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode)
     chosen = pick_strategies(strategies)
     names = (backbone,) if isinstance(backbone, str) else tuple(dict.fromkeys(backbone))
     _check_counts(seeds=seeds, epochs=epochs, backbones=len(names))
-    target, root = pick_device(device), cache_root(cache_dir)
+    choice, root = choose_engine(engine, device=device, compute=compute), cache_root(cache_dir)
     load = functools.cache(functools.partial(load_backbone, weights=weights))
     sources = {strategy.source for strategy in chosen}
     # Before anything is read: what cannot be loaded fails now.
     loaded = [load(name) for name in names] if sources & {Source.EMBEDDINGS, Source.BACKBONE} else []
+    for network in loaded:
+        pick_decoder(options.spec(network).preprocessing)
     watch = Stopwatch()
     finish = functools.partial(
         finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
@@ -159,6 +165,7 @@ def compare(
         extract_manifest,
         cache_dir=root,
         options=options,
+        choice=choice,
         hash_seconds=watch.seconds()["hash"],
     )
     extractions = {item.name: extract(manifest, item) for item in loaded} if Source.EMBEDDINGS in sources else {}
@@ -174,7 +181,7 @@ def compare(
             spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
             n_views=extractions[name].views if name in extractions else config.VIEWS,
-            device=target,
+            device=choice.device,
             workers=workers,
             epochs=epochs,
         )
@@ -190,7 +197,7 @@ def compare(
 
     def comparison() -> Comparison:
         return Comparison(
-            summary=_summarise(manifest.name, rows, jobs, done, warnings=warnings, device=device_name(target)),
+            summary=_summarise(manifest.name, rows, jobs, done, warnings=warnings, device=device_name(choice.device)),
             bad=bad_images(manifest, reasons),
             data=str(data),
             weights=weights,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.backbones.devices import device_name, pick_device
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.choice import Choice, choose_engine
+from transfercache.backbones.devices import device_name
+from transfercache.backbones.engines import Engine, canary_pixels
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.cache.provenance import Run, makers_of
 from transfercache.cache.reader import Cache, open_cache
@@ -37,6 +39,7 @@ from transfercache.environment import describe_environment
 from transfercache.errors import CacheError, DataError, UsageError
 from transfercache.extract.loop import Embedder
 from transfercache.extract.run import ExtractionRun, Outcome
+from transfercache.images.decoders import pick_decoder
 from transfercache.images.manifest import Manifest, take_part
 from transfercache.images.sources import read_source
 from transfercache.spec import ExtractSpec
@@ -62,8 +65,10 @@ class Extraction:
     bad: tuple[BadImage, ...]
     straddling: int  # groups, or sets of equal images, that the given split divides
     dim: int
-    seconds: dict[str, float]  # total: wall; hash; decode: summed over its threads; forward; write
+    # total: wall; hash; loop: wall, of decode, summed over its threads, forward and write, side by side
+    seconds: dict[str, float]
     engine: str
+    compute: str  # fp32 | bf16 | fp16
     device: str
     next_command: tuple[str, ...]  # the words of the command a person would run next
 
@@ -134,6 +139,7 @@ class Extraction:
             "seconds": self.seconds,
             "images_per_second": self.images_per_second,
             "engine": self.engine,
+            "compute": self.compute,
             "device": self.device,
         }
 
@@ -144,10 +150,11 @@ class Extraction:
         pace = f", {self.images_per_second:.1f} images/s" if self.images_per_second else ""
         views = f" in {self.views} views" if self.views > 1 else ""
         checked = f", {self.checked} computed again and found equal" if self.checked else ""
+        by = f"{self.engine} {self.compute}, {self.device}"
         # Text: the path may hold what rich takes for markup.
         return Text(
             f"{self.cache}\n{self.rows} images{views}, {self.dim} features each: {self.computed} computed, "
-            f"{self.reused} reused{checked} in {self.seconds['total']:.1f} s{pace} ({self.engine}, {self.device})"
+            f"{self.reused} reused{checked} in {self.seconds['total']:.1f} s{pace} ({by})"
         )
 
 
@@ -159,8 +166,10 @@ def extract_features(
     views: int | None = None,
     storage_dtype: config.StorageDtype = config.STORAGE_DTYPE,
     compute: config.Compute = config.COMPUTE,
+    decode: config.Decode = config.DECODE,
     device: config.Device = config.DEVICE,
-    batch_size: int = config.EXTRACT_BATCH_SIZE,
+    engine: config.Engine = config.ENGINE,
+    batch_size: int | None = None,
     workers: int | None = None,
     cache_dir: Path | str | None = None,
     part: str | None = None,
@@ -169,6 +178,7 @@ def extract_features(
     split_seed: int = config.SPLIT_SEED,
     verify_content: bool = False,
     on_bad: config.OnBad = config.ON_BAD,
+    on_engine: Callable[[str], None] = lambda line: None,
 ) -> Extraction:
     """Embed every image of DATA with a frozen backbone, into a cache that later calls find again.
 
@@ -178,19 +188,24 @@ def extract_features(
     cache of its own, for the call without `part` to gather. `verify_content` hashes every file, also where size, times
     and inode are as before, and proves every row: what fails is made again. Unreadable images are listed in the
     result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends with 3.
+    `compute` and `decode` (docs/images.md) are part of what a cache is, `engine` is not. `batch_size` None is 32, on an
+    NVIDIA GPU 256. `on_engine` is given one line on what computes, and what would be faster, before a first image is
+    embedded.
 
     Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone), WeightsError, CacheError
-    (also where other versions made the rows and this machine would make others), ResourceError (disk, device),
-    LockedError (another writer).
+    (also where other versions made the rows and this machine would make others), ResourceError (disk, device, an
+    engine or a precision that this machine lacks), LockedError (another writer).
     """
-    options = EmbedOptions(compute, storage_dtype, views, device, batch_size, workers)
+    options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode)
+    choice = choose_engine(engine, device=device, compute=compute)
     scanned_ns = time.time_ns()
     manifest = read_source(data)
     if part is not None:
         if labels is not None:
             raise UsageError("--labels: a part has no labels of its own; give them to the command without --part")
-        manifest = take_part(manifest, part, batch_size=batch_size)
+        manifest = take_part(manifest, part, batch_size=batch_size or config.EXTRACT_BATCH_SIZE)
     loaded = load_backbone(backbone, weights=weights)
+    pick_decoder(options.spec(loaded).preprocessing)  # what cannot be loaded fails now
     root = cache_root(cache_dir)
     folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=options.spec(loaded))
     watch = Stopwatch()
@@ -208,8 +223,10 @@ def extract_features(
         loaded,
         cache_dir=root,
         options=options,
+        choice=choice,
         hash_seconds=watch.seconds()["hash"],
         prove=verify_content,
+        on_engine=on_engine,
     )
     log_bad(result.bad, result.rows, on_bad=on_bad)
     if result.straddling:
@@ -221,6 +238,8 @@ def extract_features(
         weights=(weights, config.WEIGHTS),
         views=(views, None),
         storage_dtype=(storage_dtype, config.STORAGE_DTYPE),
+        compute=(compute, config.COMPUTE),
+        decode=(decode, config.DECODE),
         cache_dir=(cache_dir, None),
         val_fraction=(val_fraction, config.VAL_FRACTION),
         split_seed=(split_seed, config.SPLIT_SEED),
@@ -234,16 +253,23 @@ def extract_manifest(
     *,
     cache_dir: Path,
     options: EmbedOptions,
+    choice: Choice,
     hash_seconds: float,
     prove: bool = False,
+    on_engine: Callable[[str], None] = lambda line: None,
 ) -> Extraction:
     """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache.
 
     With `prove` the rows that the cache holds are proved, and what is damaged is made again.
     """
     watch = Stopwatch({"hash": hash_seconds})
-    target = pick_device(options.device)
-    make_engine = functools.cache(lambda: EagerEngine(backbone, target))
+    batch_size = options.batch_size or choice.batch_size
+
+    @functools.cache
+    def make_engine() -> Engine:
+        on_engine(choice.describe())
+        return choice.build(backbone)
+
     store = _store(cache_dir, manifest, options.spec(backbone), make_engine)
     environment = describe_environment()
 
@@ -255,9 +281,9 @@ def extract_manifest(
             checked=outcome.checked,
             copied_from=None,
             seconds=watch.seconds(),
-            engine=EagerEngine.name,
-            device=device_name(target),
-            batch_size=options.batch_size,
+            engine=choice.engine,
+            device=device_name(choice.device),
+            batch_size=batch_size,
             weights=backbone.weights_source,
             **environment,
         )
@@ -267,9 +293,9 @@ def extract_manifest(
         store=store,
         embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
         n_views=n_views,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         prove=prove,
-        makers=makers_of(EagerEngine.name, environment["versions"]),
+        makers=makers_of(choice.engine, environment["versions"]),
         describe_run=describe_run,
     ).run()
     if len(outcome.bad) == manifest.n_rows:
@@ -288,9 +314,10 @@ def extract_manifest(
         bad=bad_images(manifest, outcome.bad),
         straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
         dim=backbone.dim,
-        seconds={"decode": 0.0, "forward": 0.0, "write": 0.0} | watch.seconds(),
-        engine=EagerEngine.name,
-        device=device_name(target),
+        seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
+        engine=choice.engine,
+        compute=choice.compute,
+        device=device_name(choice.device),
         next_command=("tlc", "train-head", str(store.folder)),
     )
 
@@ -310,7 +337,7 @@ def _n_views(store: Store, *, mend: bool) -> int:
     return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
 
 
-def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], EagerEngine]) -> Store:
+def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:
     folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
     if folder is not None:
         return Store(folder)
@@ -321,11 +348,11 @@ def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: 
 def find_cache_of(manifest: Manifest, *, backbone: str, weights: str, cache_dir: Path) -> Path | None:
     """Return the cache folder that `extract_features` made of this DATA with this backbone, or None.
 
-    Of several, the one that the default storage dtype has.
+    Of several, the one that is nearest to the default decoder, precision and storage dtype.
     """
     loaded = load_backbone(backbone, weights=weights)
-    specs = [
-        EmbedOptions(storage_dtype=dtype).spec(loaded) for dtype in get_args(config.StorageDtype) if dtype != "auto"
-    ]
+    choices = itertools.product(get_args(config.Decode), get_args(config.Compute), get_args(config.StorageDtype))
+    options = (EmbedOptions(compute, dtype, decode=decode) for decode, compute, dtype in choices)
+    specs = dict.fromkeys(item.spec(loaded) for item in options)  # auto is one of the others
     found = (find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs)
     return next((folder for folder in found if folder is not None), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,7 +14,7 @@ from transfercache.cache.store import Store
 from transfercache.errors import UsageError
 from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
-from transfercache.spec import ExtractSpec
+from transfercache.spec import DECODERS, ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ class EmbedOptions:
     compute: config.Compute = config.COMPUTE
     storage_dtype: config.StorageDtype = config.STORAGE_DTYPE
     views: int | None = None
-    device: config.Device = config.DEVICE
-    batch_size: int = config.EXTRACT_BATCH_SIZE
+    batch_size: int | None = None  # as the device has it
     workers: int | None = None
+    decode: config.Decode = config.DECODE
 
     def __post_init__(self) -> None:
         if self.views is not None and not 1 <= self.views <= config.MAX_VIEWS:
@@ -52,6 +52,8 @@ class EmbedOptions:
         if self.storage_dtype not in get_args(config.StorageDtype):
             known = ", ".join(get_args(config.StorageDtype))
             raise UsageError(f"--storage-dtype {self.storage_dtype!r} is none of {known}")
+        if self.decode not in DECODERS:
+            raise UsageError(f"--decode {self.decode!r} is none of {', '.join(DECODERS)}")
 
     def spec(self, backbone: Backbone) -> ExtractSpec:
         """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
@@ -59,7 +61,7 @@ class EmbedOptions:
             backbone=backbone.name,
             weights_digest=backbone.weights_digest,
             boundary=backbone.boundary,
-            preprocessing=backbone.preprocessing,
+            preprocessing=replace(backbone.preprocessing, decoder=self.decode),
             compute="fp32" if self.compute == "auto" else self.compute,
             storage_dtype="float32" if self.storage_dtype == "auto" else self.storage_dtype,
         )

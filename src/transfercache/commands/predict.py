@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
+from transfercache.backbones.available import auto_engine
 from transfercache.cache.provenance import makers_of
 from transfercache.cache.reader import is_cache, open_cache
 from transfercache.cache.slots import RowKey, row_keys
@@ -38,6 +39,7 @@ from transfercache.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from transfercache.backbones.choice import Choice
     from transfercache.backbones.engines import Engine
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,8 @@ def predict(
     weights: str | None = None,
     top: int = config.TOP,
     device: config.Device = config.DEVICE,
-    batch_size: int = config.EXTRACT_BATCH_SIZE,
+    engine: config.Engine = config.ENGINE,
+    batch_size: int | None = None,
     workers: int | None = None,
     cache_dir: Path | str | None = None,
     on_bad: config.OnBad = config.ON_BAD,
@@ -112,20 +115,26 @@ def predict(
 
     A bad image is listed with its reason; with `on_bad="fail"` it is also logged, as the command line ends with 3.
     """
-    result = load(model, weights=weights, device=device).predict(
+    result = load(model, weights=weights, device=device, engine=engine).predict(
         inputs, top=top, batch_size=batch_size, workers=workers, cache_dir=cache_dir, out=out
     )
     log_bad(result.bad, result.n_images, on_bad=on_bad)
     return result
 
 
-def load(model: str | Path, *, weights: str | None = None, device: config.Device = config.DEVICE) -> LoadedModel:
+def load(
+    model: str | Path,
+    *,
+    weights: str | None = None,
+    device: config.Device = config.DEVICE,
+    engine: config.Engine = config.ENGINE,
+) -> LoadedModel:
     """Read a MODEL that `train_head` or `finetune` wrote; its backbone is loaded when images are first embedded.
 
     `weights` says where the backbone's weights are, where they have moved. Raises ModelError.
     """
     path = Path(model)
-    return LoadedModel(path, load_model(path), weights, device)
+    return LoadedModel(path, load_model(path), weights, device, engine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +145,7 @@ class LoadedModel:
     model: Model
     weights: str | None
     device: config.Device
+    engine_name: config.Engine
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -144,19 +154,24 @@ class LoadedModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """The backbone on its device, checked against the model's canary logits."""
-        # Torch takes seconds to import, and none of it is needed where a cache has every row.
-        from transfercache.backbones.devices import pick_device
+        """The backbone on its device, in the model's own precision, checked against the model's canary logits."""
         from transfercache.models.network import load_engine
 
-        return load_engine(self.model, self.path, weights=self.weights, device=pick_device(self.device))
+        return load_engine(self.model, self.path, weights=self.weights, choice=self._choice)
+
+    @cached_property
+    def _choice(self) -> Choice:
+        # Torch takes seconds to import, and none of it is needed where a cache has every row.
+        from transfercache.backbones.choice import choose_engine
+
+        return choose_engine(self.engine_name, device=self.device, compute=self.model.head.spec.compute)
 
     def predict(
         self,
         inputs: str | Path | Sequence[str | Path],
         *,
         top: int = config.TOP,
-        batch_size: int = config.EXTRACT_BATCH_SIZE,
+        batch_size: int | None = None,
         workers: int | None = None,
         cache_dir: Path | str | None = None,
         out: Path | str | None = None,
@@ -211,7 +226,7 @@ class LoadedModel:
             yield rows.path[i], rows.reason[i] or next(features)
 
     def _image_rows(
-        self, words: Sequence[str], cache_dir: Path, *, batch_size: int, workers: int | None
+        self, words: Sequence[str], cache_dir: Path, *, batch_size: int | None, workers: int | None
     ) -> Generator[tuple[str, Features | str], None, None]:
         scanned_ns = time.time_ns()
         manifest = read_source(words[0]) if len(words) == 1 and _is_listed(words[0]) else read_paths(words)
@@ -223,9 +238,13 @@ class LoadedModel:
         embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch())
         known: dict[int, Features | str] = dict(manifest.unreadable)
         if not self.model.is_finetuned:
-            known |= _cached_features(cache_dir, embedder, dim=self.model.head.dim)
+            # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
+            engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
+            makers = makers_of(engine, installed_versions())
+            known |= _cached_features(cache_dir, embedder, dim=self.model.head.dim, makers=makers)
         missing = [row for row in range(manifest.n_rows) if row not in known]
-        with closing(_computed(embedder, missing, batch_size=batch_size)) as computed:
+        size = batch_size or (self._choice.batch_size if missing else config.EXTRACT_BATCH_SIZE)
+        with closing(_computed(embedder, missing, batch_size=size)) as computed:
             for row, path in enumerate(manifest.paths):
                 yield path, known[row] if row in known else next(computed)
 
@@ -252,11 +271,12 @@ def _is_listed(word: str) -> bool:
     return (word in NAMED or word.lower().endswith(".csv")) and not Path(word).expanduser().is_dir()
 
 
-def _cached_features(cache_dir: Path, embedder: Embedder, *, dim: int) -> dict[int, Features]:
+def _cached_features(
+    cache_dir: Path, embedder: Embedder, *, dim: int, makers: Mapping[str, str]
+) -> dict[int, Features]:
     """Return {manifest row: its embedding} for the images whose bytes some cache of the spec has seen."""
     manifest = embedder.manifest
     wanted = wanted_rows(manifest, n_views=1)
-    makers = makers_of(config.ENGINE, installed_versions())
     features: dict[RowKey, Features] = {}
     for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim, makers=makers):
         try:

@@ -27,7 +27,7 @@ def fit_knn(train: FeatureTable, seed: int) -> tuple[Predict, Mapping[str, Any]]
     n_classes = len(train.class_names)
     train = train.subset(train.view == EVAL_VIEW)
     chosen = {"neighbours": config.KNN_NEIGHBOURS}
-    return lambda x: knn_probabilities(train.features, train.labels, x, n_classes=n_classes), chosen
+    return lambda x: knn_probabilities(train.blocks, train.labels, x, n_classes=n_classes), chosen
 
 
 def _fit_solver(solver: str) -> Fit:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from transfercache import config
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.comparison.rows import load_pixels
 from transfercache.comparison.strategy import Outcome, Setting, Source, Strategy, uncached
 from transfercache.heads.knn import knn_probabilities
@@ -33,7 +34,7 @@ def _run(setting: Setting, seed: int) -> Outcome:
     with watch.stage("predict"):
         features = pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)  # float32 [n, SIDE * SIDE]
         probabilities = knn_probabilities(
-            features[rows.is_train],
+            ArrayBlocks(features[rows.is_train]),
             rows.manifest.labels[rows.is_train],
             features[rows.is_reported],
             n_classes=len(rows.manifest.class_names),

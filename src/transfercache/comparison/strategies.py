@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 STRATEGIES = (
     knn(),
     head("logistic"),
+    head("ridge"),
     head("linear"),
     pixels_knn(),
     tutorial("tutorial-frozen", lr_backbone=None),

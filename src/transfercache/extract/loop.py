@@ -1,11 +1,14 @@
-"""Decode -> forward -> write: threads decode ahead within a bound, one thread runs the network and writes."""
+"""Decode -> forward -> write, each beside the others: threads decode ahead and one writes behind, within bounds."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import sys
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,11 +20,12 @@ from tqdm import tqdm
 from transfercache.cache.shard import ShardWriter, as_stored
 from transfercache.errors import DecodeError
 from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import decode_image, read_image_bytes
+from transfercache.images.decode import read_image_bytes
+from transfercache.images.decoders import Decoder, pick_decoder
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import view_pixels
 from transfercache.spec import ExtractSpec
-from transfercache.stopwatch import Stopwatch
+from transfercache.stopwatch import Stopwatch, busiest
 
 if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache imports this file
     from transfercache.backbones.engines import Engine
@@ -29,6 +33,8 @@ if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache impo
 # Batches decoded ahead of the network: enough to bridge one slow image, few enough to bound memory
 # (64 images of 224 px are 10 MB a batch).
 _BATCHES_AHEAD = 3
+# Batches computed and not yet written: what a commit's wait for the disk can hide behind.
+_BATCHES_BEHIND = 2
 # A commit syncs the disk; at most this many rows are computed again after a kill.
 _ROWS_PER_COMMIT = 1024
 
@@ -69,14 +75,20 @@ class Embedder:
         """Yield the embeddings of `pending` batch by batch, in slot order.
 
         Slot s is computed in batch s // batch_size at position s % batch_size, other positions being zero, so that a
-        row's bits do not depend on which rows an interrupted run had already written.
+        row's bits do not depend on which rows an interrupted run had already written. Raises ResourceError where what
+        the spec names for decoding is not installed.
         """
         batches = self._decoded_batches(pending, batch_size)
         progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
         with closing(batches), progress as bar:
             for batch in batches:
                 yield self._embed(batch)
+                bar.set_postfix_str(f"limited by {self._bottleneck()}", refresh=False)
                 bar.update(batch.n_views)
+
+    def _bottleneck(self) -> str:
+        threads = {"decode": self.workers or os.cpu_count() or 1, "forward": 1, "write": 1}
+        return busiest(self.watch.seconds(), threads=threads)
 
     def _embed(self, batch: _DecodedBatch) -> EmbeddedBatch:
         if not batch.views:
@@ -96,19 +108,20 @@ class Embedder:
         """Yield the batches of the grid in order, decoded in threads; an image is decoded once for its views."""
         n_views = len({item.view for item in pending}) or 1
         window = max(_BATCHES_AHEAD * batch_size // n_views, 1)
-        images = run_ahead(_by_image(pending, batch_size), self._load, workers=self.workers, window=window)
+        load = functools.partial(self._load, pick_decoder(self.spec.preprocessing))
+        images = run_ahead(_by_image(pending, batch_size), load, workers=self.workers, window=window)
         with closing(images):
             for _, members in itertools.groupby(images, key=lambda image: image[0][0].slot // batch_size):
                 yield _collect(list(members), batch_size=batch_size, crop=self.spec.preprocessing.crop)
 
-    def _load(self, views: list[PendingView]) -> list[Pixels]:
+    def _load(self, decode: Decoder, views: list[PendingView]) -> list[Pixels]:
         manifest, row = self.manifest, views[0].row
         path = manifest.paths[row]
         with self.watch.stage("decode"):
             data = read_image_bytes(manifest.path_of(row), path)
             if not manifest.has_content(row, data):
                 raise DecodeError(path, "it changed while it was being read; run the same command again")
-            image, digest = decode_image(data, path), manifest.digests[row].tobytes()
+            image, digest = decode(data, path), manifest.digests[row].tobytes()
             return [view_pixels(image, self.spec.preprocessing, digest=digest, view=item.view) for item in views]
 
 
@@ -120,24 +133,44 @@ def fill_shard(
     What is written is committed every thousand rows and, whatever happens, at the end.
     """
     bad: dict[int, str] = {}
-    uncommitted = 0
-    watch = embedder.watch
+    rows = _RowWriter(writer, embedder.watch)
+    behind: deque[Future[None]] = deque()
     try:
-        # closing: on Ctrl-C the decoding threads end at once, not when the generator is collected.
-        with closing(embedder.embed(pending, batch_size=batch_size)) as batches:
+        # closing: on Ctrl-C the decoding threads end at once, not when the generator is collected. What is computed by
+        # then is still written: leaving the pool waits for it.
+        with ThreadPoolExecutor(1, "write") as disk, closing(embedder.embed(pending, batch_size=batch_size)) as batches:
             for batch in batches:
                 bad.update(batch.bad)
-                uncommitted += len(batch.views)
-                with watch.stage("write"):
-                    if batch.views:
-                        writer.write(np.array([view.slot for view in batch.views], dtype=np.int64), batch.features)
-                    if uncommitted >= _ROWS_PER_COMMIT:
-                        writer.commit()
-                        uncommitted = 0
+                behind.append(disk.submit(rows.write, batch))
+                if len(behind) > _BATCHES_BEHIND:
+                    behind.popleft().result()
+            for written in behind:
+                written.result()
     finally:
-        with watch.stage("write"):
-            writer.commit()
+        rows.commit()
     return bad
+
+
+@dataclass(eq=False)
+class _RowWriter:
+    """Writes batches into a shard, and commits them every thousand rows."""
+
+    shard: ShardWriter
+    watch: Stopwatch
+    n_uncommitted: int = 0
+
+    def write(self, batch: EmbeddedBatch) -> None:
+        with self.watch.stage("write"):
+            if batch.views:
+                self.shard.write(np.array([view.slot for view in batch.views], dtype=np.int64), batch.features)
+        self.n_uncommitted += len(batch.views)
+        if self.n_uncommitted >= _ROWS_PER_COMMIT:
+            self.commit()
+
+    def commit(self) -> None:
+        with self.watch.stage("write"):
+            self.shard.commit()
+        self.n_uncommitted = 0
 
 
 def _why_it_does_not_fit(features: npt.NDArray[np.float32], dtype: str) -> str:

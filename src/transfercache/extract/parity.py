@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 
 #: Rows computed again; a changed kernel or resize moves every row, so that a few show it.
 N_SAMPLED = 8
-#: Rounding moves a cosine by 1e-7, float16 storage by 1e-6, another interpolation by 1e-3 and more.
-MIN_COSINE = 0.9999
+#: By precision. Rounding moves a cosine by 1e-7, float16 storage by 1e-6, another interpolation by 2e-3 and more; two
+#: engines that both compute in bfloat16 differ by 1e-4 (docs/decisions/0011-one-cpu-engine.md).
+MIN_COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 
 
 def check_parity(
@@ -37,7 +38,7 @@ def check_parity(
     """Return how many held rows of `wanted` (key -> manifest row, view) were computed again; 0 where none need be.
 
     None need be where all rows of this cache were made, or found equal, by `makers`, the engine and versions of now.
-    Raises CacheError, naming both, where a row's cosine with its copy in the cache is below `MIN_COSINE`.
+    Raises CacheError, naming both, where a row's cosine with its copy in the cache is below its `MIN_COSINE`.
     """
     held = [key for key in wanted if key in slots.held]
     if not held or vouch(catalogue.provenance, makers):
@@ -52,7 +53,7 @@ def check_parity(
         for view, features in zip(batch.views, batch.features, strict=True):
             cosines[view.row] = min(cosines.get(view.row, 1.0), _cosine(features, stored[view.slot]))
         row, cosine = min(cosines.items(), key=lambda item: item[1])
-        if cosine < MIN_COSINE:
+        if cosine < MIN_COSINE[embedder.spec.compute]:
             raise CacheError(
                 f"{folder}: made by {_listed(made_by[-1] if made_by else {})}; here {_listed(makers)} computes other "
                 f"embeddings (cosine {cosine:.5f} for {embedder.manifest.paths[row]}); install those versions, remove "

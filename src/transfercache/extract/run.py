@@ -166,7 +166,8 @@ class ExtractionRun:
                     self._copy(writer, left, neighbour)
                 # An interrupted shard keeps the grid it was begun with, so that its rows are bit-identical.
                 batch_size = self.store.entry(shard).batch_size
-                reasons |= fill_shard(writer, list(left.values()), self.embedder, batch_size=batch_size)
+                with self.embedder.watch.stage("loop"):
+                    reasons |= fill_shard(writer, list(left.values()), self.embedder, batch_size=batch_size)
         return reasons
 
     def _keys(self, pending: Sequence[PendingView]) -> list[RowKey]:

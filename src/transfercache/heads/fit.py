@@ -106,7 +106,7 @@ def check_settings(solver: str, *, C: str | float | None, class_weight: str | No
     given = {"C": C, "class-weight": class_weight, "optimizer": optimizer}
     for flag, value in given.items():
         if value is not None and flag not in SETTINGS_OF.get(solver, given):
-            owners = " and ".join(name for name, flags in SETTINGS_OF.items() if flag in flags)
+            owners = ", ".join(name for name, flags in SETTINGS_OF.items() if flag in flags)
             raise UsageError(f"--{flag} belongs to --solver {owners}, and {solver} has none; leave it out")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
+from transfercache.cache.blocks import FeatureBlocks, in_order
 from transfercache.errors import DataError
 
 Float32Array = npt.NDArray[np.float32]
@@ -19,29 +22,45 @@ TIE_WEIGHT = 1e-6
 
 
 def knn_probabilities(
-    features: Float32Array, labels: Int64Array, queries: Float32Array, *, n_classes: int, k: int = config.KNN_NEIGHBOURS
+    rows: FeatureBlocks, labels: Int64Array, queries: Float32Array, *, n_classes: int, k: int = config.KNN_NEIGHBOURS
 ) -> Float64Array:
     """Return float64 [M, C]: each class's share of the votes of the k nearest labelled rows, for queries [M, D].
 
-    The rows are `features` [N, D] with `labels` [N], -1 where unlabelled.
+    The rows [N, D] have `labels` [N], -1 where unlabelled, and are read once, block by block.
     A tie in votes goes to the class of larger summed similarity: it is ahead by some 1e-6. Of rows equally near the
     earlier vote. With fewer than k rows all of them vote. Raises DataError where no row is labelled.
     """
-    features, labels = features[labels >= 0], labels[labels >= 0]
-    if len(labels) == 0:
+    labelled = np.flatnonzero(labels >= 0)
+    if len(labelled) == 0:
         raise DataError("kNN needs labelled training rows, and there is none; give labels with --labels FIXES.csv")
-    rows = _unit_length(features)  # float32 [N, D]
-    n_neighbours = min(k, len(labels))
-    probabilities = np.empty((len(queries), n_classes))
-    block_rows = max(1, BLOCK_ELEMENTS // len(labels))
-    for start in range(0, len(queries), block_rows):
-        similarity = _unit_length(queries[start : start + block_rows]) @ rows.T  # float32 [B, N]
-        neighbours = _nearest(similarity, n_neighbours)  # [B, k]
-        # Mapped from [-1, 1] to [0, 1], so that a neighbour never counts against its class.
-        nearness = (1 + np.take_along_axis(similarity, neighbours, axis=1).astype(np.float64)) / 2
-        votes = _count(labels[neighbours], 1 + TIE_WEIGHT * nearness, n_classes)
-        probabilities[start : start + block_rows] = votes / votes.sum(axis=1, keepdims=True)
-    return probabilities
+    nearest = _nearest_rows(rows.take(labelled), labels[labelled], _unit_length(queries), k=min(k, len(labelled)))
+    # Mapped from [-1, 1] to [0, 1], so that a neighbour never counts against its class.
+    nearness = (1 + nearest.similarity.astype(np.float64)) / 2
+    votes = _count(nearest.labels, 1 + TIE_WEIGHT * nearness, n_classes)
+    return np.asarray(votes / votes.sum(axis=1, keepdims=True))
+
+
+class _Nearest(NamedTuple):
+    similarity: Float32Array  # [M, k]
+    labels: Int64Array  # [M, k]
+
+
+def _nearest_rows(rows: FeatureBlocks, labels: Int64Array, queries: Float32Array, *, k: int) -> _Nearest:
+    found = _Nearest(np.full((len(queries), k), -np.inf, np.float32), np.zeros((len(queries), k), np.int64))
+    for place, features in in_order(rows):
+        block, own = _unit_length(features), labels[place]
+        n_queries = max(1, BLOCK_ELEMENTS // len(block))
+        for start in range(0, len(queries), n_queries):
+            similarity = queries[start : start + n_queries] @ block.T  # float32 [B, rows]
+            # After the first blocks few have a nearer row; one as near came too late.
+            better = np.flatnonzero(similarity.max(axis=1) > found.similarity[start : start + n_queries].min(axis=1))
+            at = start + better
+            candidates = np.hstack([found.similarity[at], similarity[better]])
+            columns = _largest(candidates, k)  # [B, k]
+            known = np.hstack([found.labels[at], np.broadcast_to(own, (len(at), len(own)))])
+            found.similarity[at] = np.take_along_axis(candidates, columns, axis=1)
+            found.labels[at] = np.take_along_axis(known, columns, axis=1)
+    return found
 
 
 def _count(labels: Int64Array, votes: Float64Array, n_classes: int) -> Float64Array:
@@ -56,7 +75,7 @@ def _unit_length(features: Float32Array) -> Float32Array:
     return np.asarray(features / np.where(norms > 0, norms, 1))
 
 
-def _nearest(similarity: Float32Array, k: int) -> npt.NDArray[np.intp]:
+def _largest(similarity: Float32Array, k: int) -> npt.NDArray[np.intp]:
     """Return [B, k]: per row the columns of the k largest values, in column order; of equal ones the first."""
     kth = np.partition(similarity, -k, axis=1)[:, -k, None]
     above, at = similarity > kth, similarity == kth

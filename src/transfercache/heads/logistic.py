@@ -51,24 +51,31 @@ def fit_logistic(problem: Problem) -> tuple[Affine, Chosen]:
     """
     with one_blas_thread():
         C, chosen, start = _choose(problem)
-        l2 = _l2(problem, C)
-        descent = _Descent(problem)
-        if start is None:
-            start = _start_on_fewer_rows(problem, l2)
-        if start is not None:
-            descent.start_from(start)
-        descent.solve(l2, gap=GAP[descent.dtype])
-    gap, n_passes = descent.relative_gap(l2), descent.loss.n_passes
-    is_converged = gap <= CONVERGED_GAP
+        affine, certificate = fit_at(problem, C, start=start)
+    return affine, {"C": C, **chosen, "standardised": True, **certificate}
+
+
+def fit_at(
+    problem: Problem, C: float, *, start: Affine | None = None, gap: float | None = None
+) -> tuple[Affine, Chosen]:
+    """Fit this C to within a relative gap, from a start or, without one, from the optimum on fewer rows."""
+    l2 = _l2(problem, C)
+    descent = _Descent(problem)
+    if start is None:
+        start = _start_on_fewer_rows(problem, l2)
+    if start is not None:
+        descent.start_from(start)
+    descent.solve(l2, gap=GAP[descent.dtype] if gap is None else gap)
+    reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
+    is_converged = reached <= CONVERGED_GAP
     if not is_converged:
         logger.warning(
             "logistic with C=%g stopped after %d passes within %.1g of its optimum, before it converged",
             C,
             n_passes,
-            gap,
+            reached,
         )
-    certificate = {"passes": n_passes, "relative_gap": gap, "converged": is_converged}
-    return descent.affine(), {"C": C, **chosen, "standardised": True, **certificate}
+    return descent.affine(), {"passes": n_passes, "relative_gap": reached, "converged": is_converged}
 
 
 def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
@@ -77,13 +84,13 @@ def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
         return problem.settings.C, {"by": "given"}, None
     paths: list[list[Affine]] = []
 
-    def fit_path(fold: Problem) -> Iterator[Affine]:
+    def fit_and_keep(fold: Problem) -> Iterator[Affine]:
         paths.append([])
-        for affine in _fit_path(fold):
+        for affine in fit_path(fold):
             paths[-1].append(affine)
             yield affine
 
-    selection = select(problem, fit_path, name="C")
+    selection = select(problem, fit_and_keep, name="C")
     if selection is None:
         return DEFAULT_C, {"by": "default: no class can be held out"}, None
     at_best = [path[selection.position] for path in paths]
@@ -93,7 +100,7 @@ def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
     return C_GRID[selection.position], {**selection.chosen, "grid": list(C_GRID)}, start
 
 
-def _fit_path(problem: Problem) -> Iterator[Affine]:
+def fit_path(problem: Problem) -> Iterator[Affine]:
     """Fit every C of the grid; each starts from the one before, with the curvature that was seen on the way."""
     descent = _Descent(problem)
     for C in C_GRID:

@@ -78,7 +78,7 @@ def mean_held_out_losses(
 ) -> Float64Array:
     """Return float64 [S]: per setting, the weighted mean over all held-out rows of -ln p(target)."""
     totals = []
-    for fold in tqdm(folds, desc="folds", file=sys.stderr, disable=None):
+    for fold in tqdm(folds, desc="folds", file=sys.stderr, disable=None, leave=False):
         held = problem.subset(fold.held)
         totals.append([_total_loss(fitted, held) for fitted in fit_path(problem.subset(fold.train))])
     n_held = sum(float(problem.row_weights[fold.held].sum()) for fold in folds)

@@ -6,11 +6,13 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from transfercache.errors import DecodeError
@@ -24,8 +26,11 @@ _TOO_LARGE = f"more than {MAX_PIXELS // 10**6} million pixels"
 # instance, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
-# What Pillow's readers have been seen to raise on damaged files; MemoryError is not the file's fault.
-_PILLOW_ERRORS = (
+#: What Pillow calls a JPEG file; that of a phone holds several.
+JPEG_FORMATS = ("JPEG", "MPO")
+
+#: What Pillow's readers have been seen to raise on damaged files; MemoryError is not the file's fault.
+PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -61,28 +66,40 @@ def read_image_bytes(path: Path, shown: str) -> bytes:
         raise DecodeError(shown, f"cannot be read ({error.strerror or error})") from error
 
 
-def decode_image(data: bytes, path: str) -> Image.Image:
+def decode_image(data: bytes, path: str, *, least_side: int | None = None) -> Image.Image:
     """Return the image as Pillow RGB, upright by its EXIF orientation; the first frame of an animation.
 
     Transparency is dropped, as `convert("RGB")` in torchvision's loader does. 16-bit grey is scaled to 8 bits
-    (65535 -> 255), where `convert` would clip it. Raises DecodeError with a short reason; a truncated file is an
-    error. Threads may call it; it silences Pillow's own warnings for the process.
+    (65535 -> 255), where `convert` would clip it. With `least_side` a JPEG may be decoded at 1/2, 1/4 or 1/8 of its
+    size, the smallest at which its shorter side has as many pixels. Raises DecodeError with a short reason; a truncated
+    file is an error. Threads may call it; it silences Pillow's own warnings for the process.
     """
+    with opened_image(data, path) as opened:
+        if least_side is not None:
+            opened.draft(None, (least_side, least_side))
+        # In one piece: Pillow moves what is left of the file after every 64 KiB, a third of the time of a large one.
+        opened.decodermaxblock = len(data)
+        opened.load()
+        with suppress(*PILLOW_ERRORS):  # damaged metadata is no reason to lose the pixels
+            ImageOps.exif_transpose(opened, in_place=True)
+        return _to_rgb(opened, path)
+
+
+@contextmanager
+def opened_image(data: bytes, path: str) -> Iterator[ImageFile]:
+    """Give the image with its header read and found fit to be decoded; what decoding raises becomes a DecodeError."""
     _silence_pillow()
     if not data:
         raise DecodeError(path, "empty file")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
             _check_before_decoding(opened, data, path)
-            opened.load()
-            with suppress(*_PILLOW_ERRORS):  # damaged metadata is no reason to lose the pixels
-                ImageOps.exif_transpose(opened, in_place=True)
-            return _to_rgb(opened, path)
+            yield opened
     except UnidentifiedImageError as error:
         raise DecodeError(path, _what_it_is(data)) from error
     except Image.DecompressionBombError as error:
         raise DecodeError(path, _TOO_LARGE) from error
-    except _PILLOW_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise DecodeError(path, _damage(error)) from error
 
 
@@ -90,7 +107,7 @@ def _check_before_decoding(image: Image.Image, data: bytes, path: str) -> None:
     """Refuse what Pillow would take too much memory for, or would decode into a wrong picture without a word."""
     if image.width * image.height > MAX_PIXELS:  # Pillow's own limit can be switched off
         raise DecodeError(path, _TOO_LARGE)
-    if image.format in ("JPEG", "MPO") and (hole := hole_bytes(data)):
+    if image.format in JPEG_FORMATS and (hole := hole_bytes(data)):
         raise DecodeError(path, f"damaged (a hole of {hole} zero bytes in its image data)")
     # Pillow scales no 12-bit TIFF to 16 bits, so that it comes out nearly black, and inverts no 16-bit negative.
     tags = getattr(image, "tag_v2", {})
@@ -116,7 +133,7 @@ def _to_rgb(image: Image.Image, path: str) -> Image.Image:
         return _grey_from_16_bit(image, path).convert("RGB")
     # A transparent colour changes no pixel of the result, and palettes with several of them only raise warnings.
     image.info.pop("transparency", None)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_from_16_bit(image: Image.Image, path: str) -> Image.Image:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,24 @@ _TRIES = 10
 _FLIP_PROBABILITY = 0.5
 
 
-def view_pixels(image: Image.Image, preprocessing: Preprocessing, *, digest: bytes, view: int) -> UInt8Array:
+class Picture(Protocol):
+    """A decoded RGB image, `numpy.array` of which is uint8 [H, W, 3]: Pillow's, or one that is used like it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        ...
+
+    def crop(self, box: tuple[int, int, int, int], /) -> Self:
+        """Return the part from (left, top) up to (right, bottom); what lies outside is black."""
+        ...
+
+    def resize(self, size: tuple[int, int], resample: int, /) -> Self:
+        """Return the picture at (width, height), antialiased; `resample` is one of `Image.Resampling`."""
+        ...
+
+
+def view_pixels(image: Picture, preprocessing: Preprocessing, *, digest: bytes, view: int) -> UInt8Array:
     """Return uint8 [crop, crop, 3], one view of an image whose file has the SHA-256 `digest` (32 bytes).
 
     View 0 is the eval transform and view 1 its mirror image; each further one is drawn from the training augmentation
@@ -38,7 +56,7 @@ def view_pixels(image: Image.Image, preprocessing: Preprocessing, *, digest: byt
     return train_pixels(image, preprocessing, derive_rng(0, "view", digest.hex(), view))
 
 
-def eval_pixels(image: Image.Image, preprocessing: Preprocessing) -> UInt8Array:
+def eval_pixels(image: Picture, preprocessing: Preprocessing) -> UInt8Array:
     """Return uint8 [crop, crop, 3]: shorter side to `resize`, then the centred square.
 
     Bit for bit torchvision's Resize and CenterCrop on the same Pillow image, up to an aspect of 200.
@@ -55,12 +73,12 @@ def eval_pixels(image: Image.Image, preprocessing: Preprocessing) -> UInt8Array:
     return np.array(resized.crop((left, top, left + preprocessing.crop, top + preprocessing.crop)))
 
 
-def _middle(image: Image.Image) -> Image.Image:
+def _middle(image: Picture) -> Picture:
     longest = min(image.size) * _MAX_ASPECT
     if max(image.size) <= longest:
         return image
     width, height = (min(length, longest) for length in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
+    left, top = (image.size[0] - width) // 2, (image.size[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
@@ -68,13 +86,13 @@ def _centre(length: int, crop: int) -> int:
     return -((crop - length) // 2) if crop > length else round((length - crop) / 2)
 
 
-def train_pixels(image: Image.Image, preprocessing: Preprocessing, rng: np.random.Generator) -> UInt8Array:
+def train_pixels(image: Picture, preprocessing: Preprocessing, rng: np.random.Generator) -> UInt8Array:
     """Return uint8 [crop, crop, 3]: a random part of the image brought to size, and mirrored half of the time.
 
     Draws from `rng` alone, so that the same generator gives the same view in any thread. Given the box, bit for bit
     torchvision's resized_crop on the same Pillow image.
     """
-    top, left, height, width = draw_crop(image.width, image.height, rng)
+    top, left, height, width = draw_crop(*image.size, rng)
     part = image.crop((left, top, left + width, top + height))
     side = preprocessing.crop
     pixels = np.array(part.resize((side, side), _RESAMPLING[preprocessing.interpolation]))

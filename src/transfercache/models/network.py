@@ -2,39 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.choice import Choice
+from transfercache.backbones.engines import Engine, canary_pixels
 from transfercache.backbones.registry import DEFAULT, RANDOM, Backbone, load_backbone
+from transfercache.backbones.weights import weights_digest
 from transfercache.errors import ModelError
 from transfercache.models.head_file import Model, check_canaries
+from transfercache.spec import ExtractSpec
 
 
-def load_engine(model: Model, path: Path, *, weights: str | None, device: torch.device) -> EagerEngine:
+def load_engine(model: Model, path: Path, *, weights: str | None, choice: Choice) -> Engine:
     """Return the engine that embeds images for `model`, which was read from `path`.
 
-    `weights` says where the backbone's weights are, where they are not where they came from. Raises WeightsError
-    where they cannot be had or have another digest, ModelError where a fine-tuned model does not fit its backbone or
-    the canary logits differ from those that were saved.
+    `weights` says where the backbone's weights are, where they are neither in the model nor where they came from.
+    Raises WeightsError where they cannot be had or have another digest, ModelError where the tensors in the file do
+    not fit the backbone, are not those of the head's spec, or give other canary logits than were saved.
     """
-    engine = EagerEngine(_load_backbone(model, path, weights=weights), device)
+    engine = choice.build(_load_backbone(model, path, weights=weights))
     features = engine.embed(canary_pixels(model.head.spec.preprocessing.crop))  # float32 [4, D]
     check_canaries(path, model, features)
     return engine
 
 
+def load_frozen(spec: ExtractSpec, source: Mapping[str, str], *, weights: str | None) -> Backbone:
+    """Return the backbone of `spec`, its weights from `weights`, or, where that is None, from where they came.
+
+    `source` is what a cache or a model keeps of that. Raises WeightsError where they cannot be had or have another
+    digest.
+    """
+    origin = {"file": source.get("where", ""), "random": RANDOM}.get(source.get("kind", ""), DEFAULT)
+    return load_backbone(spec.backbone, weights=weights or origin, expected_digest=spec.weights_digest)
+
+
+def frozen_tensors(spec: ExtractSpec, source: Mapping[str, str], *, weights: str | None) -> dict[str, npt.NDArray[Any]]:
+    """Return name -> tensor of the backbone that `load_frozen` returns, for a model that is to hold them."""
+    backbone = load_frozen(spec, source, weights=weights)
+    return {name: tensor.numpy() for name, tensor in backbone.network.state_dict().items()}
+
+
 def _load_backbone(model: Model, path: Path, *, weights: str | None) -> Backbone:
     spec = model.head.spec
-    if not model.is_finetuned:
-        source = model.weights_source
-        origin = {"file": source.get("where", ""), "random": RANDOM}.get(source.get("kind", ""), DEFAULT)
-        return load_backbone(spec.backbone, weights=weights or origin, expected_digest=spec.weights_digest)
+    if model.is_finetuned:
+        return _from_tensors(model.backbone_tensors, spec, path)
+    if weights is not None or not model.bundled_tensors:
+        return load_frozen(spec, model.weights_source, weights=weights)
+    backbone = _from_tensors(model.bundled_tensors, spec, path)
+    if weights_digest(backbone.network.state_dict()) != spec.weights_digest:
+        raise ModelError(f"{path}: the backbone bundled in it fails its digest; train it again, or pass --weights PATH")
+    return backbone
+
+
+def _from_tensors(arrays: Mapping[str, npt.NDArray[Any]], spec: ExtractSpec, path: Path) -> Backbone:
     backbone = load_backbone(spec.backbone, weights=RANDOM)
-    tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in model.backbone_tensors.items()}
+    tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     try:
         backbone.network.load_state_dict(tensors, strict=True)
     except RuntimeError as error:

@@ -21,7 +21,7 @@ def render_report(report: Report | None, *, title: str, footer: str) -> Renderab
     headline = (
         f"{title}: {report.split} accuracy {report.accuracy:.3f} (95 % interval {low:.3f} to {high:.3f}, "
         f"n = {report.n}), balanced {report.balanced_accuracy:.3f}, macro-F1 {report.macro_f1:.3f}, "
-        f"log loss {report.log_loss:.3f}"
+        f"log loss {report.log_loss:.3f}, ECE {report.ece:.3f}"
     )
     return Group(Text(headline), _class_table(report), Text(footer))
 

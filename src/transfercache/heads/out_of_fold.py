@@ -1,0 +1,46 @@
+"""What heads say of training rows that they have not seen: one fit a fold, each in the settings already chosen."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from transfercache import config
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
+from transfercache.errors import DataError
+from transfercache.heads.linear_head import Float32Array, Int64Array, LinearHead
+from transfercache.splits import assign_folds
+
+Fit = Callable[[FeatureTable], LinearHead]
+
+
+class OutOfFold(NamedTuple):
+    """Images of a table that could be held out, in its order, and what a head without them says of each."""
+
+    rows: Int64Array  # [M], indices of the table, view 0
+    logits: Float32Array  # [M, C]
+
+
+def out_of_fold(table: FeatureTable, fit: Fit, *, seed: int) -> OutOfFold:
+    """Fit each fold's training rows, all views, and return the logits of the images held out of it.
+
+    The folds are those of the choice of C by the same seed. An image whose component holds all that there is of a class
+    is never held out, nor is one whose fold would lack a class. Raises DataError where that leaves none.
+    """
+    fold_of, n_folds = assign_folds(table.labels, table.group, n_folds=config.N_FOLDS, seed=seed)
+    classes = np.unique(table.labels)
+    rows, logits = [], []
+    for fold in tqdm(range(n_folds), desc="held out", file=sys.stderr, disable=None, leave=False):
+        is_held = fold_of == fold
+        if len(np.unique(table.labels[~is_held])) == len(classes):
+            held = np.flatnonzero(is_held & (table.view == EVAL_VIEW))
+            rows.append(held)
+            logits.append(fit(table.subset(~is_held)).logits(table.subset(held).features))
+    if not rows:
+        raise DataError("no class has two images (or groups), one of which could be held out; add images")
+    order = np.argsort(np.concatenate(rows))
+    return OutOfFold(np.concatenate(rows)[order], np.concatenate(logits)[order])
