@@ -18,12 +18,11 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from made_cache import COMMIT_ROWS, make_cache
+from turns import in_turns, ratios, timed
 
 from transfercache.cache.layout import create_shard
 from transfercache.cache.reader import open_cache
@@ -33,24 +32,6 @@ from transfercache.environment import describe_environment
 BATCH_ROWS = 512
 
 Array = np.ndarray
-
-
-def timed(work: Callable[[], object]) -> float:
-    """Return the wall seconds of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def in_turns(sides: dict[str, Callable[[], float]], *, repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each side, run in turns after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, side in sides.items():
-            taken = side()
-            if repeat:
-                seconds[name].append(taken)
-    return seconds
 
 
 def write_ours(folder: Path, features: Array) -> tuple[float, float]:
@@ -142,19 +123,20 @@ def measure_reading(folder: Path, features: Array, *, repeats: int) -> dict[str,
     }
     seconds = in_turns(sides, repeats=repeats)
     gigabytes = features.nbytes / 1e9
-    times = [a / b for a, b in zip(seconds["shuffled"], seconds["in order"], strict=True)]
     return {
         "first_read_with_proof_gb_per_s": round(gigabytes / first, 2),
         "read": ratio(seconds["raw"], seconds["take"], gigabytes),
         "read_as_table": ratio(seconds["raw"], seconds["table"], gigabytes),
-        "shuffled": {"times_in_order": spread(times), **speed(seconds["shuffled"], gigabytes)},
+        "shuffled": {
+            "times_in_order": ratios(seconds["shuffled"], seconds["in order"]),
+            **speed(seconds["shuffled"], gigabytes),
+        },
     }
 
 
 def ratio(raw: list[float], ours: list[float], gigabytes: float) -> dict[str, object]:
     """Return our speed as a share of the raw one, pair by pair, and both in GB/s."""
-    shares = [theirs / mine for theirs, mine in zip(raw, ours, strict=True)]
-    return {"share_of_raw": spread(shares), "tlc": speed(ours, gigabytes), "raw": speed(raw, gigabytes)}
+    return {"share_of_raw": ratios(raw, ours), "tlc": speed(ours, gigabytes), "raw": speed(raw, gigabytes)}
 
 
 def speed(seconds: list[float], gigabytes: float) -> dict[str, float]:
@@ -162,15 +144,6 @@ def speed(seconds: list[float], gigabytes: float) -> dict[str, float]:
     return {
         "gb_per_s": round(gigabytes / statistics.median(seconds), 2),
         "median_s": round(statistics.median(seconds), 4),
-    }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, minimum and maximum."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
     }
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
+
+from turns import spread
 
 import transfercache as tc
 from transfercache.environment import describe_environment
@@ -25,12 +26,6 @@ def measure(data: str, *, weights: str) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         compared = tc.compare(data, strategies=",".join([*CACHED, PEER]), weights=weights, cache_dir=folder)
     return {item["name"]: item["seconds"] for item in compared.to_json()["strategies"]}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, minimum and maximum, rounded for reading."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def main(data: str, *, weights: str, repeats: int) -> dict[str, object]:

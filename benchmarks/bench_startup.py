@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from made_cache import make_cache
+from turns import TLC, Finished, in_turns, run_process, spread
 
 from transfercache.environment import describe_environment
 from transfercache.randomness import derive_rng
@@ -38,39 +37,20 @@ def made(folder: Path) -> Path:
     return make_cache(folder, features, labels, split)
 
 
-def measure(commands: dict[str, list[str]], *, repeats: int, folder: str) -> dict[str, list[float]]:
-    """Return the wall seconds of each command, run in turns after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in commands}
-    for repeat in range(repeats + 1):
-        for name, words in commands.items():
-            start = time.perf_counter()
-            subprocess.run(words, check=True, capture_output=True, cwd=folder)
-            if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main(repeats: int) -> dict[str, object]:
     """Measure and return what is printed."""
-    tlc = str(Path(sys.executable).with_name("tlc"))
     with tempfile.TemporaryDirectory() as folder:
         cache = str(made(Path(folder)))
         commands = {
             PEER: [sys.executable, "-c", "import numpy, h5py"],
-            "tlc --help": [tlc, "--help"],
-            "tlc train-head CACHE --solver logistic": [tlc, "train-head", cache, "--solver", "logistic"],
+            "tlc --help": [TLC, "--help"],
+            "tlc train-head CACHE --solver logistic": [TLC, "train-head", cache, "--solver", "logistic"],
         }
-        seconds = measure(commands, repeats=repeats, folder=folder)
-    peer = statistics.median(seconds[PEER])
-    figures = {
-        name: {
-            "median": round(statistics.median(values), 3),
-            "min": round(min(values), 3),
-            "max": round(max(values), 3),
-            "ratio": round(statistics.median(values) / peer, 2),
-        }
-        for name, values in seconds.items()
-    }
+        sides = {name: partial(run_process, words, folder=folder) for name, words in commands.items()}
+        finished: dict[str, list[Finished]] = in_turns(sides, repeats=repeats)
+    seconds = {name: spread([one.seconds for one in runs]) for name, runs in finished.items()}
+    peer = seconds[PEER]["median"]
+    figures = {name: {**values, "ratio": round(values["median"] / peer, 2)} for name, values in seconds.items()}
     return {"n": repeats, "seconds": figures, "environment": describe_environment()}
 
 

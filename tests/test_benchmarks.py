@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from transfercache.environment import describe_environment, n_cores, processor_name
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -26,6 +28,11 @@ def test_every_benchmark__is_run_here() -> None:
     assert sorted(path.name for path in BENCHMARKS.glob("bench_*.py")) == [
         "bench_cache.py",
         "bench_compare.py",
+        "bench_extract.py",
+        "bench_heads.py",
+        "bench_label_errors.py",
+        "bench_out_of_core.py",
+        "bench_peers.py",
         "bench_startup.py",
         "bench_storage_dtype.py",
         "bench_views.py",
@@ -82,3 +89,88 @@ def test_bench_compare(tmp_path: Path) -> None:
     printed = run("bench_compare.py", "photos", "--weights=random", "--repeats=1", folder=tmp_path)
     assert list(printed["strategies"]) == ["tutorial-frozen", "knn", "logistic", "linear"]
     assert set(printed["strategies"]["logistic"]["again"]) == {"seconds", "times_faster"}
+
+
+def test_bench_label_errors(tmp_path: Path) -> None:
+    _write_photos(tmp_path)
+    printed = run("bench_label_errors.py", "photos", "--weights=random", "--seeds=1", folder=tmp_path)
+    assert (printed["turned"], printed["training_images"], len(printed["runs"])) == (1, 8, 1)
+    assert printed["mean"] == printed["runs"][0]
+    assert printed["mean"]["recall_in_as_many"] <= printed["mean"]["recall_in_twice_as_many"]
+
+
+def test_bench_heads(tmp_path: Path) -> None:
+    printed = run("bench_heads.py", "--cases=60x2", "--dim=8", "--repeats=1", folder=tmp_path)
+    case = printed["cases"]["made 60x2"]
+    assert [fit["l2"] for fit in case["fit"]] == [1e-4, 1e-6]
+    assert set(case) == {"rows", "dim", "classes", "fit", "path", "choice", "knn"}
+
+
+def test_bench_extract(tmp_path: Path) -> None:
+    _write_photos(tmp_path)
+    printed = run("bench_extract.py", "photos", "--images=3", "--repeats=0", "--seeds=1", folder=tmp_path)
+    assert printed["same_work_to"] < 1e-4
+    assert list(printed["processes"])[:3] == ["plain loop", "tlc", "tlc, cold"]
+    assert printed["processes"]["tlc, cold"]["times_faster"]["median"] > 0
+    assert printed["roofline"]["fp32"]["stage_share"]["median"] > 0
+    assert printed["accuracy"]["fp32"]["reported_images"] == 8
+    assert printed["accuracy"]["fp32"]["largest_error"] == 0
+
+
+def test_bench_peers__none_of_them(tmp_path: Path) -> None:
+    printed = run("bench_peers.py", "--images=2", "--repeats=0", "--peers=", folder=tmp_path)
+    assert list(printed["processes"]) == ["tlc, cold", "tlc, warm"]
+    assert printed["peers"] == {}
+
+
+def test_bench_out_of_core(tmp_path: Path) -> None:
+    words = ("--rows=600", "--dim=8", "--classes=3", "--folder=kept")
+    printed = run("bench_out_of_core.py", *words, folder=tmp_path)
+    assert (printed["rows"], printed["dim"], printed["classes"]) == (600, 8, 3)
+    assert printed["ridge"]["passes"] == 1
+    assert printed["logistic"]["relative_gap"] < 1e-3
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["made-resnet18-pooled-738d61b9"]
+    # A cache that is there is used as it is, whatever is asked for.
+    again = run("bench_out_of_core.py", "--rows=9", "--folder=kept", folder=tmp_path)
+    assert (again["rows"], again["ridge"]["accuracy"]) == (600, printed["ridge"]["accuracy"])
+
+
+def test_run_all__keeps_what_is_there_and_writes_the_page(tmp_path: Path) -> None:
+    kept = tmp_path / "results" / "startup.json"
+    kept.parent.mkdir()
+    seconds = {"tlc train-head CACHE --solver logistic": {"median": 0.5, "min": 0.25, "max": 1.5, "ratio": 2.0}}
+    kept.write_text(json.dumps({"n": 3, "seconds": seconds, "environment": describe_environment()}))
+    words = ("--quick", "--results=results", "--only=startup,views", "--page=page.md")
+    command = [sys.executable, str(BENCHMARKS / "run_all.py"), *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    page = (tmp_path / "page.md").read_text()
+    assert "| whole process of `train-head`, seconds | <= 1.0 | 0.5 (0.25 to 1.5); ratio 2 |" in page
+    assert "| label errors, recall in the top 5 % | >= 0.75 | not measured |" in page
+    assert f"- A: {processor_name()}, {n_cores()} cores" in page
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")][2:] == _names()
+    assert page.count("Machine A.") == 1
+    assert page.count("Not run.") == len(_names()) - 1
+
+
+def _names() -> list[str]:
+    """The order of the page, which leaves no benchmark out."""
+    names = [
+        "extract", "peers", "heads", "out_of_core", "startup", "label_errors", "compare", "cache", "storage_dtype",
+        "views",
+    ]  # fmt: skip
+    assert sorted(names) == sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
+    return names
+
+
+def test_made_photos__crops_have_distinct_bytes_and_their_class(tmp_path: Path) -> None:
+    _write_photos(tmp_path)
+    code = "import sys; from pathlib import Path; from made_photos import make_photos; "
+    code += "make_photos(Path('made'), 20, source=Path('photos'))"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env={"PYTHONPATH": str(BENCHMARKS)})
+    files = sorted((tmp_path / "made").rglob("*.jpg"))
+    assert {path.parent.name for path in files} == {"dark", "light"}
+    assert len({path.read_bytes() for path in files}) == 20  # of 16 photographs
+    for path in files:
+        with Image.open(path) as crop:
+            assert all(32 <= side <= 40 for side in crop.size)

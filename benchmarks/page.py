@@ -1,0 +1,118 @@
+"""The page of all figures, from what the benchmarks printed."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Written by `benchmarks/run_all.py`; each section is what one script beside it printed. Sides that are compared take
+turns within one run, and a figure is a median with its minimum and maximum in brackets over the n of its section; one
+without brackets was taken once. Quote the ratios: absolute seconds of such machines move by a factor of two within
+minutes.
+
+Figures on GPUs are open, as none was at hand: images a second on device tensors and end to end, the bottleneck, fp32
+against the CPU's, bf16 and fp16, and batch sizes.
+"""
+
+#: What is measured, what it should be, and where it stands: the benchmark and its keys.
+_TARGETS = (
+    ("extraction, times faster than the plain loop", ">= 1.8 (AVX2), 1.6", "extract/processes/tlc/times_faster"),
+    ("the same, no converted network kept", "beside it", "extract/processes/tlc, cold/times_faster"),
+    ("the same in bf16, with AMX", ">= 4", "extract/processes/tlc, bf16/times_faster"),
+    ("extraction stage, share of the roofline", ">= 0.85", "extract/roofline/fp32/stage_share"),
+    ("logistic at l2 1e-4, times scikit-learn's speed", ">= 5", "heads/cases/made 50000x100/fit/0/times_faster"),
+    ("logistic at l2 1e-6, times scikit-learn's speed", ">= 1", "heads/cases/made 50000x100/fit/1/times_faster"),
+    ("on real embeddings, l2 1e-4", ">= 5", "heads/cases/real/fit/0/times_faster"),
+    ("on real embeddings, l2 1e-6", ">= 1", "heads/cases/real/fit/1/times_faster"),
+    ("path of 9 values, times one cold fit", "<= 2.5", "heads/cases/made 50000x100/path/times_one_fit"),
+    ("9 values in 5 folds, of sklearn's time", "<= 0.25", "heads/cases/made 4000x30/choice/share_of_sklearn"),
+    ("out of core, ridge, peak GiB", "< 2", "out_of_core/ridge/peak_gib"),
+    ("out of core, logistic, peak GiB", "< 2", "out_of_core/logistic/peak_gib"),
+    ("out of core, logistic, relative gap", "<= 1e-3", "out_of_core/logistic/relative_gap"),
+    ("whole process of `train-head`, seconds", "<= 1.0", "startup/seconds/tlc train-head CACHE --solver logistic"),
+    ("the same, times numpy and h5py", "<= 6", "startup/seconds/tlc train-head CACHE --solver logistic/ratio"),
+    ("label errors, recall in the top 5 %", ">= 0.75", "label_errors/mean/recall_in_as_many"),
+    ("label errors, recall in the top 10 %", ">= 0.9", "label_errors/mean/recall_in_twice_as_many"),
+)
+
+#: Of a benchmark's JSON, what is no figure, or said once for all.
+_LEFT_OUT = ("environment", "runs")
+_SPREAD = ("median", "min", "max")
+
+
+def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the page in Markdown: targets, machines, and a section a benchmark, run or not."""
+    machines = list(dict.fromkeys(_describe(one["environment"]) for one in figures.values()))
+    letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
+    parts = [_INTRODUCTION, _targets(figures), "## Machines\n"]
+    parts += [f"- {letter}: {machine}" for machine, letter in letters.items()]
+    for name in names:
+        ran = figures.get(name)
+        where = "Not run." if ran is None else f"Machine {letters[_describe(ran['environment'])]}."
+        parts.append(f"\n## {name}\n\n{_docstring(name, where)}")
+        if ran is not None:
+            table = [f"| {figure} | {value} |" for figure, value in _rows(ran, ())]
+            parts.append("\n".join(["", "| figure | value |", "|---|---|", *table]))
+    return "\n".join(parts) + "\n"
+
+
+def _targets(figures: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["## Targets", "", "| what | target | measured |", "|---|---|---|"]
+    lines += [f"| {what} | {target} | {_measured(figures, keys)} |" for what, target, keys in _TARGETS]
+    return "\n".join([*lines, ""])
+
+
+def _measured(figures: Any, keys: str) -> str:
+    for key in keys.split("/"):
+        if isinstance(figures, Mapping) and key not in figures:
+            return "not measured"
+        figures = figures[int(key) if isinstance(figures, list) else key]
+    return _shown(figures)
+
+
+def _docstring(name: str, where: str) -> str:
+    text = ast.get_docstring(ast.parse((HERE / f"bench_{name}.py").read_text(encoding="utf-8"))) or ""
+    first, _, rest = text.partition("\n")
+    return f"{first} {where}\n\n```text\n{rest.strip()}\n```"
+
+
+def _describe(environment: Mapping[str, Any]) -> str:
+    machine, versions = environment["machine"], environment["versions"]
+    listed = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['vector_units']}, {machine['system']}; {listed}"
+
+
+def _rows(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (its keys, the figure), in the order they were printed; series of plain numbers are left in the JSON."""
+    if isinstance(value, Mapping) and not _is_spread(value):
+        for key, one in value.items():
+            if key not in _LEFT_OUT:
+                yield from _rows(one, (*path, str(key).replace("_", " ")))
+    elif isinstance(value, list):
+        for one in value:
+            if isinstance(one, Mapping):  # told apart by its first key
+                key, label = next(iter(one.items()))
+                yield from _rows({k: v for k, v in one.items() if k != key}, (*path, f"{key} {label}"))
+    else:
+        yield ": ".join(path), _shown(value)
+
+
+def _is_spread(value: Mapping[str, Any]) -> bool:
+    return all(key in value for key in _SPREAD)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        median, least, most = (value[key] for key in _SPREAD)
+        others = "".join(f"; {key} {one:.4g}" for key, one in value.items() if key not in _SPREAD)
+        return f"{median:.4g}" + (f" ({least:.4g} to {most:.4g})" if least < most else "") + others
+    if isinstance(value, str):
+        return Path(value).name if value.startswith("/") else value  # where data lies is nobody's business
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

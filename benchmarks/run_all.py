@@ -1,0 +1,104 @@
+"""Run every benchmark, keep what each prints, and write the page of all figures.
+
+Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--results build/benchmarks]
+     [--only NAME,...] [--again] [--real FILE.npz] [--cache FOLDER] [--environments FOLDER] [--page docs/benchmarks.md]
+Each benchmark's JSON is kept as NAME.json in the folder of results, where it may also be put by hand; one that is there
+is not run again without --again. Without PHOTOGRAPHS those that measure accuracy are left out, and the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from page import render_page
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script, its words in full and when it has to be quick, and whether it works on photographs."""
+
+    name: str  # bench_NAME.py
+    full: tuple[str, ...]
+    quick: tuple[str, ...]
+    photographs: Literal["none", "taken", "needed"] = "none"
+
+
+BENCHMARKS = (
+    Benchmark("extract", ("--images=1000", "--repeats=5"), ("--images=64", "--repeats=1", "--seeds=1"), "taken"),
+    Benchmark("peers", ("--images=200", "--repeats=3"), ("--images=32", "--repeats=1"), "taken"),
+    # Both N and C grow by steps that the others hold still.
+    Benchmark(
+        "heads", ("--cases=244x2,4000x30,12500x100,50000x10,50000x100",), ("--cases=244x2,1000x10", "--repeats=1")
+    ),
+    Benchmark("out_of_core", (), ("--rows=20000", "--classes=100")),
+    Benchmark("startup", ("--repeats=7",), ("--repeats=2",)),
+    Benchmark("label_errors", ("--seeds=20",), ("--seeds=2",), "needed"),
+    Benchmark("compare", ("--repeats=3",), ("--repeats=1",), "needed"),
+    Benchmark("cache", ("--repeats=7",), ("--rows=10000", "--repeats=2")),
+    Benchmark("storage_dtype", (), ("--seeds=1", "--repeats=2"), "needed"),
+    Benchmark("views", (), ("--views=1,2", "--seeds=1"), "needed"),
+)
+
+
+def words_of(benchmark: Benchmark, given: argparse.Namespace) -> list[str]:
+    """Return the command of a benchmark."""
+    extra = {
+        "heads": {"--real": given.real},
+        "out_of_core": {"--folder": given.cache},
+        "peers": {"--environments": given.environments},
+    }
+    words = [sys.executable, str(HERE / f"bench_{benchmark.name}.py")]
+    words += benchmark.quick if given.quick else benchmark.full
+    if benchmark.photographs != "none":
+        words += [f"--weights={given.weights}", *([str(given.photographs)] if given.photographs else [])]
+    return words + [f"{flag}={value}" for flag, value in extra.get(benchmark.name, {}).items() if value]
+
+
+def run(benchmark: Benchmark, given: argparse.Namespace) -> None:
+    """Run one and keep what it prints; ends everything where it fails, the results before it being kept."""
+    words = words_of(benchmark, given)
+    print(" ".join(words[1:]), file=sys.stderr)
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{benchmark.name}: exit code {done.returncode}")
+    (given.results / f"{benchmark.name}.json").write_text(done.stdout)
+
+
+def main(given: argparse.Namespace) -> None:
+    """Run what is asked for and not there, and write the page of all that is there."""
+    given.results.mkdir(parents=True, exist_ok=True)
+    names = [benchmark.name for benchmark in BENCHMARKS]
+    only = names if given.only is None else [name for name in given.only.split(",") if name]
+    if unknown := set(only) - set(names):
+        raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known are {', '.join(names)}")
+    for benchmark in BENCHMARKS:
+        is_kept = (given.results / f"{benchmark.name}.json").exists()
+        lacks_photographs = benchmark.photographs == "needed" and given.photographs is None
+        if benchmark.name in only and not lacks_photographs and (given.again or not is_kept):
+            run(benchmark, given)
+    kept = {name: given.results / f"{name}.json" for name in names}
+    figures = {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}
+    given.page.write_text(render_page(names, figures), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photographs", nargs="?", type=Path)
+    parser.add_argument("--weights", default="random")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "benchmarks")
+    parser.add_argument("--only", help="names, or nothing to write the page alone")
+    parser.add_argument("--again", action="store_true", help="also what is in the folder of results")
+    parser.add_argument("--real", type=Path, help="arrays X and y for bench_heads.py")
+    parser.add_argument("--cache", type=Path, help="a folder that keeps the cache of bench_out_of_core.py")
+    parser.add_argument("--environments", type=Path, help="a folder that keeps those of bench_peers.py")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    main(parser.parse_args())
