@@ -371,7 +371,7 @@ def test_data_that_has_changed_since__names_the_command_that_takes_it_in(
     [
         (("--solver=linear", "--C=auto"), "--C belongs to --solver logistic, ridge, sklearn, and linear has none"),
         (("--solver=knn", "--C=1"), "--C belongs to --solver logistic, ridge, sklearn, and knn has none"),
-        (("--solver=knn", "--class-weight=none"), "--class-weight belongs to --solver logistic, ridge, sklearn, linear"),
+        (("--solver=knn", "--class-weight=none"), "--class-weight belongs to --solver logistic, ridge, sklearn"),
         (("--solver=knn", "--optimizer=lbfgs"), "--optimizer belongs to --solver linear, and knn has none"),
         (("--optimizer=adamw",), "--optimizer belongs to --solver linear, and logistic has none"),
     ],

@@ -45,18 +45,21 @@ class Curvature:
         for step, change in self._pairs:
             change[:, penalised] += difference * step[:, penalised]
 
-    def direction(self, gradient: Float64Array, first_scale: float) -> Float64Array:
-        """Return minus the inverse Hessian times the gradient; `first_scale` times it before a pair is known."""
+    def direction(self, gradient: Float64Array, first: Callable[[Float64Array], Float64Array]) -> Float64Array:
+        """Return minus the inverse Hessian times the gradient.
+
+        `first` multiplies by what it is before a pair is known; after that the last pair scales it.
+        """
         q = -gradient
         shares = []
         for step, change in reversed(self._pairs):
             share = np.vdot(step, q) / np.vdot(step, change)
             q -= share * change
             shares.append(share)
+        q = first(q)
         if self._pairs:
             step, change = self._pairs[-1]
-            first_scale = float(np.vdot(step, change) / np.vdot(change, change))
-        q *= first_scale
+            q *= np.vdot(step, change) / np.vdot(change, first(change))
         for (step, change), share in zip(self._pairs, reversed(shares), strict=True):
             q += (share - np.vdot(change, q) / np.vdot(step, change)) * step
         return q
@@ -67,7 +70,7 @@ def minimise(
     start: Float64Array,
     *,
     curvature: Curvature,
-    first_scale: float,
+    first: Callable[[Float64Array], Float64Array],
     is_done: Callable[[Point], bool],
     rounding: float,
     max_calls: int,
@@ -79,7 +82,7 @@ def minimise(
     calls = 1
     point = Point(start, *objective(start))
     while not is_done(point):
-        direction = curvature.direction(point.gradient, first_scale)
+        direction = curvature.direction(point.gradient, first)
         slope = float(np.vdot(point.gradient, direction))
         length = 1.0
         for _ in range(_MAX_HALVINGS):

@@ -8,6 +8,7 @@ classes scikit-learn penalises the one vector w of its sigmoid; as softmax that 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from transfercache.heads.select import select
 from transfercache.heads.softmax_loss import SoftmaxLoss
 from transfercache.heads.standardise import Standardised
 from transfercache.heads.threads import MIN_SHARED, one_blas_thread
+from transfercache.heads.whitening import Whitening
 from transfercache.randomness import derive_rng
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ CONVERGED_GAP = 1e-3
 #: Passes over the rows; a fit that takes more separates its classes almost without a penalty.
 MAX_PASSES = 1000
 #: A quarter of the rows, at least this many, gives a start from which all rows need a third of the passes.
-START_SHARE, MIN_START_ROWS = 4, 5000
+START_SHARE, MIN_START_ROWS = 4, 2000
+
+#: Below this a mean loss is rounding.
+_LEAST_LOSS = 1e-12
 
 _WEIGHTS = slice(None, -1)  # the penalised columns of the parameters [K, D + 1]
 
@@ -60,11 +65,7 @@ def fit_at(
 ) -> tuple[Affine, Chosen]:
     """Fit this C to within a relative gap, from a start or, without one, from the optimum on fewer rows."""
     l2 = _l2(problem, C)
-    descent = _Descent(problem)
-    if start is None:
-        start = _start_on_fewer_rows(problem, l2)
-    if start is not None:
-        descent.start_from(start)
+    descent = _Descent(problem, _start_on_fewer_rows(problem, l2) if start is None else start)
     descent.solve(l2, gap=GAP[descent.dtype] if gap is None else gap)
     reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
@@ -102,7 +103,7 @@ def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
 
 def fit_path(problem: Problem) -> Iterator[Affine]:
     """Fit every C of the grid; each starts from the one before, with the curvature that was seen on the way."""
-    descent = _Descent(problem)
+    descent = _Descent(problem, is_path=True)
     for C in C_GRID:
         descent.solve(_l2(problem, C), gap=PATH_GAP)
         yield descent.affine()
@@ -122,10 +123,7 @@ def _start_on_fewer_rows(problem: Problem, l2: float) -> Affine | None:
     # Sorted: rows of a file are then read in order.
     rows = np.sort(derive_rng(problem.settings.seed, "start").permutation(n_rows)[:n_part])
     part = problem.subset(rows)
-    descent = _Descent(part)
-    start = _start_on_fewer_rows(part, l2)
-    if start is not None:
-        descent.start_from(start)
+    descent = _Descent(part, _start_on_fewer_rows(part, l2))
     descent.solve(l2, gap=START_GAP)
     return descent.affine()
 
@@ -133,7 +131,7 @@ def _start_on_fewer_rows(problem: Problem, l2: float) -> Affine | None:
 class _Descent:
     """Parameters [K, D + 1] on standardised rows, from zero or a start to the optima of one l2 after another."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, start: Affine | None = None, *, is_path: bool = False) -> None:
         # Small problems are cheap in float64; in large ones float32 halves the time, and sums are float64 in any case.
         is_small = problem.n_multiplications < MIN_SHARED
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if is_small else np.float32)
@@ -142,14 +140,17 @@ class _Descent:
         self.loss = SoftmaxLoss(self._rows, problem.targets, problem.row_weights)
         counts = np.bincount(problem.targets, problem.row_weights, problem.n_targets)
         self._frequency = counts / counts.sum()  # [K]
+        # In small problems its eigenvalues cost more than the passes that it saves; and from zero straight to a weak
+        # penalty, where all rows become certain on the way, its curvature misleads.
+        has_whitening = not is_small and (is_path or start is not None)
+        self._whitening = Whitening(problem) if has_whitening else None
         self._parameters = np.zeros((problem.n_targets, problem.blocks.shape[1] + 1))
         self._curvature = Curvature()
+        self._mean_loss = math.log(problem.n_targets)
         self._l2: float | None = None
         self._point: Point | None = None
-
-    def start_from(self, affine: Affine) -> None:
-        """Begin at a map on raw embeddings."""
-        self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(affine)
+        if start is not None:
+            self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(start)
 
     def affine(self) -> Affine:
         """Return where it stands, as a map on raw embeddings."""
@@ -163,17 +164,22 @@ class _Descent:
 
         def objective(parameters: Float64Array) -> tuple[float, Float64Array]:
             loss, gradient = self.loss(parameters)
+            self._mean_loss = loss
             weight = parameters[:, :-1]
             gradient[:, :-1] += l2 * weight
             return loss + l2 / 2 * float(np.vdot(weight, weight)), gradient
 
-        n_classes = len(self._frequency)
+        def first(gradient: Float64Array) -> Float64Array:
+            # At zero the mean curvature of standardised features is about 1 / K.
+            if self._whitening is None:
+                return gradient / (1 / len(self._frequency) + l2)
+            return self._whitening.apply(gradient, curvature=self._class_curvature(self._mean_loss), l2=l2)
+
         self._point = minimise(
             objective,
             self._parameters,
             curvature=self._curvature,
-            # At zero the mean curvature of standardised features is about 1 / K.
-            first_scale=1 / (1 / n_classes + l2),
+            first=first,
             is_done=lambda point: self._relative_gap(point, l2) <= gap,
             rounding=self._rounding,
             max_calls=MAX_PASSES,
@@ -187,11 +193,14 @@ class _Descent:
     def _relative_gap(self, point: Point, l2: float) -> float:
         """Bound the gap: |dW|^2 / (2 l2), the duality gap for a function whose curvature is at least l2.
 
-        The intercepts have no penalty: for them the quadratic estimate sum_k db_k^2 / (2 q_k) is added, where the
-        curvature q_k, the mean of p_k (1 - p_k), is taken as class k's share of the mean loss.
+        The intercepts have no penalty: for them the quadratic estimate sum_k db_k^2 / (2 q_k) is added.
         """
         weight, bias = point.gradient[:, :-1], point.gradient[:, -1]
         penalty = l2 / 2 * float(np.vdot(point.x[:, :-1], point.x[:, :-1]))
-        curvature = self._frequency * max(point.value - penalty, np.finfo(np.float64).tiny)
-        gap = float(np.vdot(weight, weight)) / (2 * l2) + float(np.sum(bias**2 / curvature)) / 2
-        return float(gap / point.value)
+        gap = float(np.vdot(weight, weight)) / (2 * l2)
+        gap += float(np.sum(bias**2 / self._class_curvature(point.value - penalty))) / 2
+        return gap / point.value
+
+    def _class_curvature(self, mean_loss: float) -> Float64Array:
+        """Return q [K] for the mean of p_k (1 - p_k): class k's share of the mean loss, as it is near certainty."""
+        return np.asarray(self._frequency * min(1.0, max(mean_loss, _LEAST_LOSS)))

@@ -25,7 +25,7 @@ class SoftmaxLoss:
     def __init__(self, rows: Standardised, targets: Int64Array, row_weights: Float64Array) -> None:
         self.n_passes = 0
         self._rows, self._targets = rows, targets
-        self._weights = row_weights / row_weights.sum()
+        self._weights, self._total = row_weights, float(row_weights.sum())
 
     def __call__(self, parameters: Float64Array) -> LossAndGradient:
         """Return the loss and its gradient, float64 [K, D + 1]."""
@@ -47,7 +47,9 @@ class SoftmaxLoss:
             return loss, gradient
 
         sums = share_rows(n_rows, n_rows * parameters.size, add_up)
-        return sum(loss for loss, _ in sums), np.sum([gradient for _, gradient in sums], axis=0)
+        gradient = np.sum([gradient for _, gradient in sums], axis=0)
+        gradient /= self._total
+        return sum(loss for loss, _ in sums) / self._total, gradient
 
 
 def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array) -> npt.NDArray[Any]:
@@ -58,6 +60,8 @@ def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array) -> npt.NDArr
     at = np.arange(len(z)), targets
     z -= z.max(axis=1, keepdims=True)
     logit = z[at]
+    # A class of less than this changes no sum, but would be a subnormal number, which matrix products crawl over.
+    np.maximum(z, 0.75 * np.log(np.finfo(z.dtype).tiny), out=z)
     np.exp(z, out=z)
     own = z[at]
     z[at] = 0

@@ -42,7 +42,9 @@ def share_rows(n_rows: int, n_multiplications: int, work: Callable[[list[slice]]
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n_threads = cores if n_multiplications >= MIN_SHARED else 1
-    block_rows = max(1, min(BLOCK_ROWS, -(-n_rows // n_threads)))
+    # As many for each thread, and all of one size to within the last.
+    n_blocks = n_threads * -(-n_rows // (n_threads * BLOCK_ROWS))
+    block_rows = max(1, -(-n_rows // n_blocks))
     blocks = [slice(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
     if n_threads == 1:
         return [work(blocks)]
