@@ -33,17 +33,21 @@ class Curvature:
     """An inverse Hessian, approximated from the last steps (Nocedal and Wright, Numerical Optimization, 7.2)."""
 
     def __init__(self) -> None:
-        self._pairs: deque[tuple[Float64Array, Float64Array]] = deque(maxlen=MEMORY)  # (step, change of gradient)
+        # step, change of gradient, their product
+        self._pairs: deque[tuple[Float64Array, Float64Array, float]] = deque(maxlen=MEMORY)
 
     def learn(self, step: Float64Array, change: Float64Array) -> None:
         """Keep a pair, if it shows curvature beyond rounding."""
-        if np.vdot(step, change) > 1e-12 * np.vdot(change, change):
-            self._pairs.append((step, change))
+        product = float(np.vdot(step, change))
+        if product > 1e-12 * np.vdot(change, change):
+            self._pairs.append((step, change, product))
 
     def add_penalty(self, difference: float, penalised: slice) -> None:
         """Take account of `difference` more l2 on the columns `penalised` of x [K, D + 1]."""
-        for step, change in self._pairs:
+        pairs, self._pairs = self._pairs, deque(maxlen=MEMORY)
+        for step, change, _ in pairs:
             change[:, penalised] += difference * step[:, penalised]
+            self.learn(step, change)
 
     def direction(self, gradient: Float64Array, first: Callable[[Float64Array], Float64Array]) -> Float64Array:
         """Return minus the inverse Hessian times the gradient.
@@ -52,16 +56,16 @@ class Curvature:
         """
         q = -gradient
         shares = []
-        for step, change in reversed(self._pairs):
-            share = np.vdot(step, q) / np.vdot(step, change)
+        for step, change, product in reversed(self._pairs):
+            share = np.vdot(step, q) / product
             q -= share * change
             shares.append(share)
         q = first(q)
         if self._pairs:
-            step, change = self._pairs[-1]
-            q *= np.vdot(step, change) / np.vdot(change, first(change))
-        for (step, change), share in zip(self._pairs, reversed(shares), strict=True):
-            q += (share - np.vdot(change, q) / np.vdot(step, change)) * step
+            _, change, product = self._pairs[-1]
+            q *= product / np.vdot(change, first(change))
+        for (step, change, product), share in zip(self._pairs, reversed(shares), strict=True):
+            q += (share - np.vdot(change, q) / product) * step
         return q
 
 

@@ -33,7 +33,8 @@ DEFAULT_C = 1.0
 #: probability to 1e-4); on a path, to tell values of C a factor of ten apart; for a start on some of the rows, whose
 #: own optimum is further away than that.
 GAP = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-6}
-PATH_GAP, START_GAP = 1e-4, 1e-2
+PATH_GAP = {np.dtype(np.float64): 1e-4, np.dtype(np.float32): 1e-3}
+START_GAP = 1e-2
 #: What still counts as converged: rounding may end a fit of classes that are separated almost without a penalty.
 CONVERGED_GAP = 1e-3
 #: Passes over the rows; a fit that takes more separates its classes almost without a penalty.
@@ -55,17 +56,25 @@ def fit_logistic(problem: Problem) -> tuple[Affine, Chosen]:
     mean, accuracy chose C 1e-4 to 100 and 0.945.
     """
     with one_blas_thread():
-        C, chosen, start = _choose(problem)
-        affine, certificate = fit_at(problem, C, start=start)
+        whitening = _whitening_of(problem)
+        C, chosen, start = _choose(problem, whitening)
+        affine, certificate = fit_at(problem, C, start=start, whitening=whitening)
     return affine, {"C": C, **chosen, "standardised": True, **certificate}
 
 
 def fit_at(
-    problem: Problem, C: float, *, start: Affine | None = None, gap: float | None = None
+    problem: Problem,
+    C: float,
+    *,
+    start: Affine | None = None,
+    whitening: Whitening | None = None,
+    gap: float | None = None,
 ) -> tuple[Affine, Chosen]:
     """Fit this C to within a relative gap, from a start or, without one, from the optimum on fewer rows."""
     l2 = _l2(problem, C)
-    descent = _Descent(problem, _start_on_fewer_rows(problem, l2) if start is None else start)
+    start = _start_on_fewer_rows(problem, l2, whitening) if start is None else start
+    # From zero straight to a weak penalty all rows become certain on the way, and the curvature of before misleads.
+    descent = _Descent(problem, start, None if start is None else whitening)
     descent.solve(l2, gap=GAP[descent.dtype] if gap is None else gap)
     reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
@@ -79,7 +88,7 @@ def fit_at(
     return descent.affine(), {"passes": n_passes, "relative_gap": reached, "converged": is_converged}
 
 
-def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
+def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chosen, Affine | None]:
     """Return C, how it was chosen, and a start: the mean of the folds' maps at that C, near the optimum on all rows."""
     if problem.settings.C is not None:
         return problem.settings.C, {"by": "given"}, None
@@ -87,7 +96,7 @@ def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
 
     def fit_and_keep(fold: Problem) -> Iterator[Affine]:
         paths.append([])
-        for affine in fit_path(fold):
+        for affine in fit_path(fold, whitening):
             paths[-1].append(affine)
             yield affine
 
@@ -101,12 +110,21 @@ def _choose(problem: Problem) -> tuple[float, Chosen, Affine | None]:
     return C_GRID[selection.position], {**selection.chosen, "grid": list(C_GRID)}, start
 
 
-def fit_path(problem: Problem) -> Iterator[Affine]:
-    """Fit every C of the grid; each starts from the one before, with the curvature that was seen on the way."""
-    descent = _Descent(problem, is_path=True)
+def _whitening_of(problem: Problem) -> Whitening | None:
+    """Return that of all rows, also for a fold's: it says in which order to look, not what is found.
+
+    None for small problems, where its eigenvalues cost more than the passes that it saves.
+    """
+    return Whitening(problem) if problem.n_multiplications >= MIN_SHARED else None
+
+
+def fit_path(problem: Problem, whitening: Whitening | None = None) -> Iterator[Affine]:
+    """Fit every C of the grid; each starts where the two before point, with the curvature that was seen on the way."""
+    descent = _Descent(problem, None, whitening or _whitening_of(problem))
     for C in C_GRID:
-        descent.solve(_l2(problem, C), gap=PATH_GAP)
+        descent.solve(_l2(problem, C), gap=PATH_GAP[descent.dtype])
         yield descent.affine()
+        descent.step_on()
 
 
 def _l2(problem: Problem, C: float) -> float:
@@ -114,7 +132,7 @@ def _l2(problem: Problem, C: float) -> float:
     return (2 if problem.n_targets == 2 else 1) / (C * float(problem.row_weights.sum()))
 
 
-def _start_on_fewer_rows(problem: Problem, l2: float) -> Affine | None:
+def _start_on_fewer_rows(problem: Problem, l2: float, whitening: Whitening | None) -> Affine | None:
     """Return the optimum on a part of the rows, found in the same way; None where there are too few to save a pass."""
     n_rows = problem.blocks.shape[0]
     n_part = n_rows // START_SHARE
@@ -123,7 +141,8 @@ def _start_on_fewer_rows(problem: Problem, l2: float) -> Affine | None:
     # Sorted: rows of a file are then read in order.
     rows = np.sort(derive_rng(problem.settings.seed, "start").permutation(n_rows)[:n_part])
     part = problem.subset(rows)
-    descent = _Descent(part, _start_on_fewer_rows(part, l2))
+    start = _start_on_fewer_rows(part, l2, whitening)
+    descent = _Descent(part, start, None if start is None else whitening)
     descent.solve(l2, gap=START_GAP)
     return descent.affine()
 
@@ -131,7 +150,7 @@ def _start_on_fewer_rows(problem: Problem, l2: float) -> Affine | None:
 class _Descent:
     """Parameters [K, D + 1] on standardised rows, from zero or a start to the optima of one l2 after another."""
 
-    def __init__(self, problem: Problem, start: Affine | None = None, *, is_path: bool = False) -> None:
+    def __init__(self, problem: Problem, start: Affine | None, whitening: Whitening | None) -> None:
         # Small problems are cheap in float64; in large ones float32 halves the time, and sums are float64 in any case.
         is_small = problem.n_multiplications < MIN_SHARED
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if is_small else np.float32)
@@ -140,11 +159,9 @@ class _Descent:
         self.loss = SoftmaxLoss(self._rows, problem.targets, problem.row_weights)
         counts = np.bincount(problem.targets, problem.row_weights, problem.n_targets)
         self._frequency = counts / counts.sum()  # [K]
-        # In small problems its eigenvalues cost more than the passes that it saves; and from zero straight to a weak
-        # penalty, where all rows become certain on the way, its curvature misleads.
-        has_whitening = not is_small and (is_path or start is not None)
-        self._whitening = Whitening(problem) if has_whitening else None
+        self._whitening = whitening
         self._parameters = np.zeros((problem.n_targets, problem.blocks.shape[1] + 1))
+        self._departure = self._parameters
         self._curvature = Curvature()
         self._mean_loss = math.log(problem.n_targets)
         self._l2: float | None = None
@@ -155,6 +172,10 @@ class _Descent:
     def affine(self) -> Affine:
         """Return where it stands, as a map on raw embeddings."""
         return self._rows.scale.fold(self._parameters[:, :-1], self._parameters[:, -1])
+
+    def step_on(self) -> None:
+        """Go as far again as from the last point of departure: along a path of C parameters move almost straight."""
+        self._parameters, self._departure = 2 * self._parameters - self._departure, self._parameters
 
     def solve(self, l2: float, *, gap: float) -> None:
         """Go to the optimum of this penalty, to within a relative gap, or as near as rounding lets it."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -46,7 +47,15 @@ def share_rows(n_rows: int, n_multiplications: int, work: Callable[[list[slice]]
     n_blocks = n_threads * -(-n_rows // (n_threads * BLOCK_ROWS))
     block_rows = max(1, -(-n_rows // n_blocks))
     blocks = [slice(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
-    if n_threads == 1:
-        return [work(blocks)]
-    with ThreadPoolExecutor(n_threads, thread_name_prefix="rows") as pool:
-        return list(pool.map(work, [blocks[i::n_threads] for i in range(n_threads)]))
+    shares = [blocks[i::n_threads] for i in range(n_threads)]
+    others = [_pool(os.getpid()).submit(work, share) for share in shares[1:]]
+    return [work(shares[0]), *(other.result() for other in others)]
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return threads that live as long as the process: those of each pass took twice as long, their memory being new.
+
+    A fork has the number of another process, and threads of its own.
+    """
+    return ThreadPoolExecutor(thread_name_prefix="rows")

@@ -26,11 +26,12 @@ class Whitening:
         # Sorted: rows of a file are then read in order.
         chosen = np.sort(derive_rng(problem.settings.seed, "whitening").permutation(n_rows)[:n_sampled])
         x = Standardised(problem.blocks.take(chosen), np.float32).read(0, n_sampled)
-        values, self._vectors = np.linalg.eigh((x.T @ x).astype(np.float64) / n_sampled)
-        self._values = values.clip(0)
+        values, vectors = np.linalg.eigh((x.T @ x).astype(np.float64) / n_sampled)
+        # In float32: it says where to look, not where the optimum is.
+        self._values, self._vectors = values.clip(0), vectors.astype(np.float32)
 
     def apply(self, gradient: Float64Array, *, curvature: Float64Array, l2: float) -> Float64Array:
         """Return the blocks times a gradient [K, D + 1]; `curvature` [K] is q, the last column the intercepts'."""
-        turned = gradient[:, :-1] @ self._vectors
-        turned /= curvature[:, None] * self._values + l2
+        turned = gradient[:, :-1].astype(np.float32) @ self._vectors
+        turned /= (curvature[:, None] * self._values + l2).astype(np.float32)
         return np.column_stack([turned @ self._vectors.T, gradient[:, -1] / curvature])
