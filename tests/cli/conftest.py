@@ -88,6 +88,10 @@ def tlc(
     return command
 
 
+# A shell starts what runs in its background deaf to it, and its children with it.
+_HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     """Starts a command line in a process of its own, in tmp_path."""
@@ -95,7 +99,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
     def command(*words: str | Path, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", "from transfercache.cli.main import run; run()", *map(str, words)],
+            [sys.executable, "-c", f"{_HEAR_CTRL_C}; from transfercache.cli.main import run; run()", *map(str, words)],
             cwd=tmp_path,
             env=environment | changes,
             stdout=subprocess.PIPE,
