@@ -12,7 +12,7 @@ from transfercache.cache.blocks import FeatureBlocks, in_order
 from transfercache.heads.problem import Affine, Float64Array, Int64Array
 
 #: Standardised rows are kept in memory up to this; more are read and standardised again in every pass.
-MAX_BYTES_IN_MEMORY = 768 << 20
+MAX_BYTES_IN_MEMORY = 512 << 20
 
 
 def least_deviation(mean: Float64Array) -> Float64Array:
