@@ -91,7 +91,7 @@ def test_job__the_commands_it_shows_are_those_of_the_command_line() -> None:
     text = JOB.read_text()
     shown = re.findall(r"^# .*sbatch .*scripts/extract_job\.sbatch ([^)\n]+)", text, flags=re.MULTILINE)
     assert len(shown) == 2
-    command = typer.main.get_command(app).commands["extract-features"]  # type: ignore[attr-defined]
+    command = typer.main.get_command(app).commands["extract-features"]
     for words in shown:
         given = command.make_context("extract-features", [*shlex.split(words), *ADDED]).params
         assert (given["data"], given["device"], given["compute"], given["part"]) == ("photos/", "cuda", "bf16", "1/8")

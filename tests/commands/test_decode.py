@@ -114,7 +114,7 @@ def test_fast__of_a_model__that_is_not_installed__is_named(
 
 def test_unknown_decoder__is_refused_in_one_line(large: Path, shrunk: Extraction, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--decode 'jpeg' is none of pillow, fast, draft"):
-        extract_features(large, decode="jpeg", cache_dir=tmp_path)  # type: ignore[arg-type]
+        extract_features(large, decode="jpeg", cache_dir=tmp_path)
     head = Path(train_head(shrunk.cache, C=1.0).head)
     assert head.read_bytes().count(b"draft") == 1
     changed = tmp_path / "stranger.safetensors"

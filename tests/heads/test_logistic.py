@@ -134,3 +134,23 @@ def test_logistic__start_on_fewer_rows_leads_to_the_same_optimum(make_table, mon
     warm = fit_head(make_table(features, labels), C=0.1)
     assert warm.chosen["passes"] < cold.chosen["passes"]
     np.testing.assert_allclose(warm.probabilities(features), cold.probabilities(features), atol=1e-4)
+
+
+def test_logistic__class_that_the_rows_of_a_start_lack_does_not_hold_it_up(make_table, monkeypatch):
+    rng = np.random.default_rng(2)
+    labels = np.append(rng.integers(2, size=1999), 2)
+    features = 0.5 * np.eye(30)[labels] + rng.standard_normal((2000, 30))
+    cold = fit_head(make_table(features, labels), C=0.1)
+    n_passes = []
+    solve = logistic._Descent.solve
+
+    def counted(self, l2, *, gap):
+        solve(self, l2, gap=gap)
+        n_passes.append(self.loss.n_passes)
+
+    monkeypatch.setattr(logistic._Descent, "solve", counted)
+    monkeypatch.setattr(logistic, "MIN_START_ROWS", 100)
+    warm = fit_head(make_table(features, labels), C=0.1)
+    assert len(n_passes) == 3
+    assert max(n_passes) < 100
+    np.testing.assert_allclose(warm.probabilities(features), cold.probabilities(features), atol=1e-4)

@@ -158,7 +158,8 @@ class _Descent:
         self._rows = Standardised(problem.blocks, self.dtype)
         self.loss = SoftmaxLoss(self._rows, problem.targets, problem.row_weights)
         counts = np.bincount(problem.targets, problem.row_weights, problem.n_targets)
-        self._frequency = counts / counts.sum()  # [K]
+        # [K]; a part of the rows may lack a class, which then counts as one row: its intercept has no optimum.
+        self._frequency = np.maximum(counts / counts.sum(), 1 / len(problem.targets))
         self._whitening = whitening
         self._parameters = np.zeros((problem.n_targets, problem.blocks.shape[1] + 1))
         self._departure = self._parameters
