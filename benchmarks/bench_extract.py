@@ -73,7 +73,7 @@ def tlc_side(photos: Path, weights: str, folder: Path, *words: str, keep: bool) 
 
     def run() -> Figures:
         with tempfile.TemporaryDirectory(dir=folder) as empty:
-            command = [TLC, "extract-features", str(photos), "--weights", weights, "--cache-dir", empty, "--json"]
+            command = [*TLC, "extract-features", str(photos), "--weights", weights, "--cache-dir", empty, "--json"]
             env = {"XDG_CACHE_HOME": str(folder / "kept" if keep else Path(empty) / "nothing")}
             finished = run_process([*command, *words], env=env)
             document = json.loads(finished.stdout)
@@ -85,14 +85,14 @@ def tlc_side(photos: Path, weights: str, folder: Path, *words: str, keep: bool) 
     return run
 
 
-def decode_side(paths: list[Path], backbone: Backbone) -> Callable[[], Figures]:
-    """Return what decodes all images, one thread a core, in images a second."""
+def decode_side(paths: list[Path], backbone: Backbone, *, workers: int | None = None) -> Callable[[], Figures]:
+    """Return what decodes all images, by default one thread a core, in images a second."""
 
     def load(path: Path) -> np.ndarray:
         return eval_pixels(load_image(path, str(path)), backbone.preprocessing)
 
     def run() -> Figures:
-        images = run_ahead(paths, load, workers=None, window=3 * BATCH_SIZE)
+        images = run_ahead(paths, load, workers=workers, window=3 * BATCH_SIZE)
         return {"images_per_s": len(paths) / timed(lambda: [done.result().shape for _, done in images])}
 
     return run

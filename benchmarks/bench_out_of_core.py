@@ -80,7 +80,7 @@ def train(cache: Path, folder: Path, solver: str, *words: str) -> dict[str, Any]
     catalogue = read_catalogue(cache)
     before = sgemm_gflops()
     out = str(folder / f"{solver}.safetensors")
-    finished = run_process([TLC, "train-head", str(cache), "--solver", solver, "--out", out, "--json", *words])
+    finished = run_process([*TLC, "train-head", str(cache), "--solver", solver, "--out", out, "--json", *words])
     gflops = max(before, sgemm_gflops())
     document = json.loads(finished.stdout)
     chosen, seconds = document["chosen"], document["seconds"]

@@ -106,7 +106,7 @@ def run_tlc(photos: Path, weights: str, folder: Path, *, fresh: bool) -> float:
     """Return the seconds of one extraction; `fresh` from an empty cache."""
     if fresh:
         shutil.rmtree(folder / "cache", ignore_errors=True)
-    words = [TLC, "extract-features", str(photos), "--weights", weights, "--cache-dir", str(folder / "cache")]
+    words = [*TLC, "extract-features", str(photos), "--weights", weights, "--cache-dir", str(folder / "cache")]
     return run_process(words, env={"XDG_CACHE_HOME": str(folder / "networks")}).seconds
 
 

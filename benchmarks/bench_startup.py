@@ -43,8 +43,8 @@ def main(repeats: int) -> dict[str, object]:
         cache = str(made(Path(folder)))
         commands = {
             PEER: [sys.executable, "-c", "import numpy, h5py"],
-            "tlc --help": [TLC, "--help"],
-            "tlc train-head CACHE --solver logistic": [TLC, "train-head", cache, "--solver", "logistic"],
+            "tlc --help": [*TLC, "--help"],
+            "tlc train-head CACHE --solver logistic": [*TLC, "train-head", cache, "--solver", "logistic"],
         }
         sides = {name: partial(run_process, words, folder=folder) for name, words in commands.items()}
         finished: dict[str, list[Finished]] = in_turns(sides, repeats=repeats)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from transfercache.images.ahead import run_ahead
 from transfercache.randomness import derive_rng
 
 #: Of made images, as of most of the tutorial's photographs.
@@ -15,6 +16,7 @@ _QUALITY = 90
 #: A crop keeps at least so much of each side, so that it is about as much work as its photograph.
 _LEAST_SIDE = 0.8
 _ENDINGS = (".jpg", ".jpeg", ".png")
+_AHEAD = 1024  # photographs under way at a time
 
 
 def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
@@ -25,13 +27,17 @@ def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
     photographs = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS) if source else []
     if source is not None and not photographs:
         raise SystemExit(f"{source}: holds no photographs (files that end in {', '.join(_ENDINGS)})")
-    for number in range(n_images):
+
+    def write(number: int) -> None:
         rng = derive_rng(0, "photo", number)
         given = photographs[number % len(photographs)] if photographs else None
         image = _smooth_noise(rng) if given is None else _crop(given, rng)
         path = folder / (f"class {number % 2}" if given is None else given.parent.name) / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=_QUALITY)
+
+    for _, written in run_ahead(range(n_images), write, workers=None, window=_AHEAD):
+        written.result()
     return folder
 
 

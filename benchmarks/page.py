@@ -16,7 +16,9 @@ Written by `benchmarks/run_all.py`; each section is what one script beside it pr
 turns within one run, and a figure is a median with its minimum and maximum in brackets over the n of its section; one
 without brackets was taken once. Quote the ratios: absolute seconds of such machines move by a factor of two within
 minutes.
+"""
 
+_NO_GPU = """
 Figures on GPUs are open, as none was at hand: images a second on device tensors and end to end, the bottleneck, fp32
 against the CPU's, bf16 and fp16, and batch sizes.
 """
@@ -27,6 +29,8 @@ _TARGETS = (
     ("the same, no converted network kept", "beside it", "extract/processes/tlc, cold/times_faster"),
     ("the same in bf16, with AMX", ">= 4", "extract/processes/tlc, bf16/times_faster"),
     ("extraction stage, share of the roofline", ">= 0.85", "extract/roofline/fp32/stage_share"),
+    ("fp32 on a GPU, least cosine to the CPU's features", ">= 0.99999", "gpu/parity/fp32/least_cosine"),
+    ("bf16 on a GPU, least cosine to the CPU's features", ">= 0.999", "gpu/parity/bf16/least_cosine"),
     ("logistic at l2 1e-4, times scikit-learn's speed", ">= 5", "heads/cases/made 50000x100/fit/0/times_faster"),
     ("logistic at l2 1e-6, times scikit-learn's speed", ">= 1", "heads/cases/made 50000x100/fit/1/times_faster"),
     ("on real embeddings, l2 1e-4", ">= 5", "heads/cases/real/fit/0/times_faster"),
@@ -51,7 +55,8 @@ def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) 
     """Return the page in Markdown: targets, machines, and a section a benchmark, run or not."""
     machines = list(dict.fromkeys(_describe(one["environment"]) for one in figures.values()))
     letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
-    parts = [_INTRODUCTION, _targets(figures), "## Machines\n"]
+    introduction = _INTRODUCTION if "gpu" in figures else _INTRODUCTION + _NO_GPU
+    parts = [introduction, _targets(figures), "## Machines\n"]
     parts += [f"- {letter}: {machine}" for machine, letter in letters.items()]
     for name in names:
         ran = figures.get(name)

@@ -3,13 +3,15 @@
 Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--results build/benchmarks]
      [--only NAME,...] [--again] [--real FILE.npz] [--cache FOLDER] [--environments FOLDER] [--page docs/benchmarks.md]
 Each benchmark's JSON is kept as NAME.json in the folder of results, where it may also be put by hand; one that is there
-is not run again without --again. Without PHOTOGRAPHS those that measure accuracy are left out, and the page says so.
+is not run again without --again. Without PHOTOGRAPHS those that measure accuracy are left out, without a GPU the one
+that needs it, and the page says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,10 +31,12 @@ class Benchmark:
     full: tuple[str, ...]
     quick: tuple[str, ...]
     photographs: Literal["none", "taken", "needed"] = "none"
+    is_for_gpu: bool = False  # left out where none is
 
 
 BENCHMARKS = (
     Benchmark("extract", ("--images=1000", "--repeats=5"), ("--images=64", "--repeats=1", "--seeds=1"), "taken"),
+    Benchmark("gpu", (), ("--images=500", "--repeats=1"), "taken", is_for_gpu=True),
     Benchmark("peers", ("--images=200", "--repeats=3"), ("--images=32", "--repeats=1"), "taken"),
     # Both N and C grow by steps that the others hold still.
     Benchmark(
@@ -62,6 +66,12 @@ def words_of(benchmark: Benchmark, given: argparse.Namespace) -> list[str]:
     return words + [f"{flag}={value}" for flag, value in extra.get(benchmark.name, {}).items() if value]
 
 
+def can_run(benchmark: Benchmark, given: argparse.Namespace) -> bool:
+    """Whether there is what it works on; the driver's own program tells of a GPU without loading torch."""
+    lacks_photographs = benchmark.photographs == "needed" and given.photographs is None
+    return not lacks_photographs and (not benchmark.is_for_gpu or shutil.which("nvidia-smi") is not None)
+
+
 def run(benchmark: Benchmark, given: argparse.Namespace) -> None:
     """Run one and keep what it prints; ends everything where it fails, the results before it being kept."""
     words = words_of(benchmark, given)
@@ -81,8 +91,7 @@ def main(given: argparse.Namespace) -> None:
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known are {', '.join(names)}")
     for benchmark in BENCHMARKS:
         is_kept = (given.results / f"{benchmark.name}.json").exists()
-        lacks_photographs = benchmark.photographs == "needed" and given.photographs is None
-        if benchmark.name in only and not lacks_photographs and (given.again or not is_kept):
+        if benchmark.name in only and can_run(benchmark, given) and (given.again or not is_kept):
             run(benchmark, given)
     kept = {name: given.results / f"{name}.json" for name in names}
     figures = {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}

@@ -17,7 +17,8 @@ import numpy as np
 
 Figure = TypeVar("Figure")
 
-TLC = str(Path(sys.executable).with_name("tlc"))
+#: The words of the program as its start script runs it, which a checkout that is on PYTHONPATH alone does not have.
+TLC = (sys.executable, "-c", "from transfercache.cli.main import run; run()")
 #: Rows and columns of the square product that the machine's rate is taken from: large enough for its full speed.
 _SGEMM = 2048
 _SGEMM_REPEATS = 5

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import transfercache
+from transfercache.backbones.available import is_openvino_installed
 from transfercache.cli import cache_handlers, handlers
 
 PACKAGE = "transfercache"
@@ -40,6 +43,10 @@ MAY_IMPORT_FOR_TYPES = {TOP: {"commands", "cache"}, "cli": {"commands", "finetun
 TORCH_FREE_ROOMS = ("images", "cache", "heads", "report")
 TORCH_FREE_FILES = (
     "backbones/available.py",
+    "backbones/canaries.py",
+    "backbones/known.py",
+    "backbones/openvino_engine.py",
+    "commands/extract.py",
     "models/head_file.py",
     "comparison/results.py",
     "comparison/statistics.py",
@@ -262,3 +269,19 @@ def test_imported_modules__of_a_command_that_needs_more(tmp_path: Path) -> None:
     modules = _modules_after(["train-head", str(tmp_path)])
     assert {"numpy", "h5py"} <= modules
     assert modules & {*TORCH, "sklearn", "scipy"} == set()
+
+
+def test_extraction__of_a_network_that_was_seen_before__loads_no_torch(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(tmp_path / "photos" / name)
+    words = ["extract-features", str(tmp_path / "photos"), "--weights", "random", "--device", "cpu"]
+    first = [*words, "--cache-dir", str(tmp_path / "first")]
+    assert "torch" in _modules_after(first)
+    assert _modules_after(first) & {*TORCH, "sklearn", "scipy"} == set()
+    assert _modules_after(["train-head", *words[1:4], "--cache-dir", str(tmp_path / "first")]) & TORCH == set()
+    if is_openvino_installed():  # all rows are computed, by the network that was kept
+        modules = _modules_after([*words, "--cache-dir", str(tmp_path / "second")])
+        assert "openvino" in modules
+        assert modules & TORCH == set()

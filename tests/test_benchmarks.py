@@ -29,6 +29,7 @@ def test_every_benchmark__is_run_here() -> None:
         "bench_cache.py",
         "bench_compare.py",
         "bench_extract.py",
+        "bench_gpu.py",
         "bench_heads.py",
         "bench_label_errors.py",
         "bench_out_of_core.py",
@@ -117,6 +118,18 @@ def test_bench_extract(tmp_path: Path) -> None:
     assert printed["accuracy"]["fp32"]["largest_error"] == 0
 
 
+def test_bench_gpu__on_a_cpu(tmp_path: Path) -> None:
+    _write_photos(tmp_path)
+    printed = run("bench_gpu.py", "photos", "--device=cpu", "--images=3", "--batches=2", "--repeats=0", folder=tmp_path)
+    assert (printed["device"], printed["cuda"]) == (processor_name(), None)
+    assert not any("compile" in name for name in printed["rates"]["networks"])
+    assert printed["rates"]["networks"]["fp32 eager"]["batch 2"]["share_of_product"]["median"] > 0
+    assert (printed["engines"]["batch"], printed["end_to_end"]["images"]) == (2, 3)
+    assert printed["end_to_end"]["tlc, fp32"]["bottleneck"] == "forward"
+    assert printed["parity"]["fp32"] == {"least_cosine": 1.0, "largest_error": 0.0, "equal_labels": 16}
+    assert "memory" not in printed
+
+
 def test_bench_peers__none_of_them(tmp_path: Path) -> None:
     printed = run("bench_peers.py", "--images=2", "--repeats=0", "--peers=", folder=tmp_path)
     assert list(printed["processes"]) == ["tlc, cold", "tlc, warm"]
@@ -156,8 +169,8 @@ def test_run_all__keeps_what_is_there_and_writes_the_page(tmp_path: Path) -> Non
 def _names() -> list[str]:
     """The order of the page, which leaves no benchmark out."""
     names = [
-        "extract", "peers", "heads", "out_of_core", "startup", "label_errors", "compare", "cache", "storage_dtype",
-        "views",
+        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "compare", "cache",
+        "storage_dtype", "views",
     ]  # fmt: skip
     assert sorted(names) == sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
     return names

@@ -13,7 +13,7 @@ from transfercache.backbones.registry import Backbone
 from transfercache.environment import processor_flags, processor_name
 from transfercache.errors import ResourceError, TlcError, UsageError
 
-CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda"), torch.device("mps")
+CPU, CUDA, MPS = "cpu", "cuda", "mps"
 AMX = {"avx512f", "avx512_bf16", "amx_tile", "amx_bf16"}
 
 
@@ -26,6 +26,7 @@ def machine(
     flags: frozenset[str] | set[str] = frozenset(),
 ) -> None:
     """Let this machine look like another."""
+    monkeypatch.setattr(choice, "may_have_gpu", lambda: cuda or mps)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
@@ -100,7 +101,7 @@ def test_what_cannot_be__is_refused_with_the_reason(
 
 
 def test_computes__are_those_of_the_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch)
+    machine(monkeypatch, cuda=True)
     assert available_computes(CPU) == ("fp32",)
     assert available_computes(CUDA) == ("fp32", "fp16")
     machine(monkeypatch, flags={"avx512_bf16"})

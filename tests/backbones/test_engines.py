@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from transfercache.backbones.available import bf16_units
-from transfercache.backbones.engines import EagerEngine, canary_pixels, full_float32, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine, full_float32, normalise
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.errors import ResourceError
 

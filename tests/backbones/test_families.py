@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from transfercache.backbones.available import is_openvino_installed
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
 
 CPU = torch.device("cpu")

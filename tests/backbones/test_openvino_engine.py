@@ -15,13 +15,15 @@ import torch
 from torch import nn
 
 from transfercache.backbones.available import bf16_units, kept_networks
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone
+from transfercache.backbones.weights import weights_digest
 from transfercache.errors import ResourceError, UsageError
 
 pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 
-from transfercache.backbones import openvino_engine
+from transfercache.backbones import openvino_conversion
 from transfercache.backbones.openvino_engine import OpenvinoEngine
 
 CPU = torch.device("cpu")
@@ -126,7 +128,7 @@ def test_kept_network__is_opened_and_not_converted_again(small: Backbone, monkey
     def refuse(_: Backbone) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(openvino_engine, "_convert", refuse)
+    monkeypatch.setattr(openvino_conversion, "convert", refuse)
     np.testing.assert_array_equal(OpenvinoEngine(small).embed(canary_pixels(CROP)), features)
 
 
@@ -159,8 +161,7 @@ def test_kept_network__of_the_same_name_with_other_weights__is_another(small: Ba
     OpenvinoEngine(small)
     other = Blurred()
     nn.init.constant_(other.blur.weight, 0.04)
-    # As a fine-tuned network is made: the digest that it was loaded with is no longer its own.
-    changed = replace(small, network=other.eval())
+    changed = replace(small, network=other.eval(), weights_digest=weights_digest(other.state_dict()))
     found = OpenvinoEngine(changed).embed(canary_pixels(CROP))
     np.testing.assert_allclose(found, EagerEngine(changed, CPU).embed(canary_pixels(CROP)), rtol=1e-5, atol=1e-6)
     assert len(list(kept_networks().iterdir())) == 2
@@ -235,7 +236,7 @@ except OSError:
     pass
 print("start", file=sys.stderr, flush=True)
 from transfercache.backbones.registry import load_backbone
-from transfercache.backbones.engines import canary_pixels
+from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.openvino_engine import OpenvinoEngine
 OpenvinoEngine(load_backbone("mobilenet_v3_small", weights="random")).embed(canary_pixels(224))
 print("done")

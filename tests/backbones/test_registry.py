@@ -8,7 +8,8 @@ import pytest
 import torch
 import torchvision
 
-from transfercache.backbones.engines import canary_pixels, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone, known_backbones, load_backbone, network_with_head
 from transfercache.errors import UsageError, WeightsError
 from transfercache.spec import Preprocessing

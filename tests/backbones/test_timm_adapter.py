@@ -10,7 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from transfercache.backbones.engines import canary_pixels, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import load_backbone, network_with_head
 from transfercache.backbones.stages import parameter_stage
 from transfercache.errors import ResourceError, UsageError, WeightsError

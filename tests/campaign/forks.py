@@ -224,8 +224,8 @@ if __name__ == "__main__":
     from transfercache.commands import extract
     from transfercache.errors import DataError
 
-    extract.load_backbone = functools.cache(extract.load_backbone)
-    extract.load_backbone(BACKBONE, weights="random")
+    extract.find_backbone = functools.cache(extract.find_backbone)
+    extract.find_backbone(BACKBONE, weights="random")
     with contextlib.suppress(DataError):
         cli.app(["extract-features", "no such data"], prog_name="tlc", standalone_mode=False)
     _serve()

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 import transfercache
+from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import Store
 from transfercache.commands import extract as extract_module

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from transfercache.backbones.engines import canary_pixels, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.errors import DataError, ResourceError, UsageError
 from transfercache.finetuning import trainer

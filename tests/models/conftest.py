@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.heads.linear_head import LinearHead
 from transfercache.models.head_file import Model

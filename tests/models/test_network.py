@@ -9,8 +9,9 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v3_small
 
+from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice
-from transfercache.backbones.engines import EagerEngine, canary_pixels
+from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone
 from transfercache.backbones.weights import seeded
 from transfercache.errors import ModelError, WeightsError
@@ -19,7 +20,7 @@ from transfercache.models.network import frozen_tensors, load_engine
 
 PATH = Path("model.safetensors")
 CPU = torch.device("cpu")
-EAGER = Choice("eager", CPU, "fp32")
+EAGER = Choice("eager", "cpu", "fp32")
 
 
 def test_engine__of_a_head__is_its_backbone(model: Model, backbone: Backbone) -> None:

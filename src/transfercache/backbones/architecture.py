@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ class LoadedWeights:
 
     state: Mapping[str, torch.Tensor]
     source: dict[str, str]
+    file: Path | None = None  # the one that it was read from, where tlc knows it
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,13 @@ from transfercache.environment import processor_flags
 OPENVINO = "openvino"
 EAGER = "eager"
 COMPILE = "compile"
+
+#: Of weights: the published ones, and those that seed 0 draws.
+DEFAULT = "DEFAULT"
+RANDOM = "random"
+
+# What Linux has where there is a driver: NVIDIA's, NVIDIA's under Windows, AMD's.
+_GPU_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
 # As Linux names them in /proc/cpuinfo.
 _BF16_UNITS = (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512 BF16"))
@@ -27,9 +35,19 @@ def auto_engine(device: str) -> str:
     return OPENVINO if device in ("auto", "cpu") and is_openvino_installed() else EAGER
 
 
+def may_have_gpu() -> bool:
+    """Whether torch might see a GPU; where it cannot, nobody needs to load it to find out."""
+    return not sys.platform.startswith("linux") or any(Path(file).exists() for file in _GPU_FILES)
+
+
+def tlc_folder() -> Path:
+    """Return the folder of what is kept to be faster, which can be removed at any time."""
+    return platformdirs.user_cache_path("transfercache")
+
+
 def kept_networks() -> Path:
-    """Return the folder of the networks that OpenVINO has converted, which can be removed at any time."""
-    return platformdirs.user_cache_path("transfercache") / OPENVINO
+    """Return the folder of the networks that OpenVINO has converted."""
+    return tlc_folder() / OPENVINO
 
 
 def bf16_units() -> tuple[str, ...]:

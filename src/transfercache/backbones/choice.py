@@ -1,11 +1,15 @@
-"""Which engine computes on which device in which precision: chosen once, and refused with the reason."""
+"""Which engine computes on which device in which precision: chosen once, and refused with the reason.
+
+Torch takes seconds to import: it is loaded where it computes, or where there may be a GPU that only it sees.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Protocol, get_args
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from transfercache import config
 from transfercache.backbones.available import (
@@ -15,15 +19,23 @@ from transfercache.backbones.available import (
     auto_engine,
     bf16_units,
     is_openvino_installed,
+    may_have_gpu,
 )
-from transfercache.backbones.devices import device_name, pick_device
-from transfercache.backbones.engines import EagerEngine, Engine
-from transfercache.backbones.registry import Backbone
-from transfercache.environment import n_cores
+from transfercache.backbones.known import FrozenBackbone
+from transfercache.environment import n_cores, processor_name
 from transfercache.errors import ResourceError, UsageError, did_you_mean
 from transfercache.spec import COMPUTES
 
 ENGINES = tuple(name for name in get_args(config.Engine) if name != "auto")
+
+
+class Engine(Protocol):
+    """Turns pixels into features; holds its own copy of the network on its device."""
+
+    name: str
+
+    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return float32 [B, D] for uint8 [B, H, W, 3]."""
 
 
 @dataclass(frozen=True)
@@ -31,29 +43,37 @@ class Choice:
     """An engine, a device and a precision that go together on this machine."""
 
     engine: str
-    device: torch.device
+    device: str  # cpu | cuda | mps
     compute: str
 
     @property
     def batch_size(self) -> int:
         """Images a batch where the user says nothing."""
-        return config.CUDA_BATCH_SIZE if self.device.type == "cuda" else config.EXTRACT_BATCH_SIZE
+        return config.CUDA_BATCH_SIZE if self.device == "cuda" else config.EXTRACT_BATCH_SIZE
 
-    def build(self, backbone: Backbone) -> Engine:
+    @property
+    def device_name(self) -> str:
+        """What to report beside a figure: the GPU's or the processor's own name."""
+        return _device_name(self.device)
+
+    def build(self, backbone: FrozenBackbone) -> Engine:
         """Return the engine for this backbone; raises ResourceError where it cannot run it."""
         if self.engine == OPENVINO:
             from transfercache.backbones.openvino_engine import OpenvinoEngine
 
             return OpenvinoEngine(backbone, compute=self.compute)
-        return EagerEngine(backbone, self.device, compute=self.compute, name=self.engine)
+        from transfercache.backbones.devices import pick_device
+        from transfercache.backbones.engines import EagerEngine
+
+        return EagerEngine(backbone.load(), pick_device(self.device), compute=self.compute, name=self.engine)
 
     def describe(self) -> str:
         """Return one line for a person: what computes, and what would be faster here."""
-        cores = f", {n_cores()} cores" if self.device.type == "cpu" else ""
-        return f"engine {self.engine} ({self.compute}) on {device_name(self.device)}{cores}{self._hint()}"
+        cores = f", {n_cores()} cores" if self.device == "cpu" else ""
+        return f"engine {self.engine} ({self.compute}) on {self.device_name}{cores}{self._hint()}"
 
     def _hint(self) -> str:
-        if self.device.type != "cpu":
+        if self.device != "cpu":
             return ""
         if self.compute == "bf16" and self.engine == EAGER:
             return f"; --engine openvino ({_INSTALL}) would be several times faster in bf16"
@@ -78,29 +98,45 @@ def choose_engine(engine: str = config.ENGINE, *, device: str, compute: str = co
 
     Raises UsageError for words that are unknown or do not go together, ResourceError for what this machine lacks.
     """
-    target = pick_device(device)
-    chosen = auto_engine(target.type) if engine == "auto" else engine
+    target = _target(device)
+    chosen = auto_engine(target) if engine == "auto" else engine
     _check_engine(chosen, target)
     precision = "fp32" if compute == "auto" else compute
     _check_compute(precision, target)
     return Choice(chosen, target, precision)
 
 
-def _check_engine(engine: str, device: torch.device) -> None:
+def _target(device: str) -> str:
+    if device == "cpu" or (device == "auto" and not may_have_gpu()):
+        return "cpu"
+    from transfercache.backbones.devices import pick_device
+
+    return pick_device(device).type
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return processor_name()
+    from transfercache.backbones.devices import device_name, pick_device
+
+    return device_name(pick_device(device))
+
+
+def _check_engine(engine: str, device: str) -> None:
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}{did_you_mean(engine, ENGINES)}; known are {', '.join(ENGINES)}")
-    if engine == COMPILE and device.type != "cuda":
+    if engine == COMPILE and device != "cuda":
         raise UsageError(
-            f"--engine compile: torch.compile is for NVIDIA GPUs here, and this would run on {device.type}; "
+            f"--engine compile: torch.compile is for NVIDIA GPUs here, and this would run on {device}; "
             "pass --engine auto"
         )
-    if engine == OPENVINO and device.type != "cpu":
-        raise UsageError(f"--engine openvino: computes on the CPU, not on {device.type}; pass --device cpu as well")
+    if engine == OPENVINO and device != "cpu":
+        raise UsageError(f"--engine openvino: computes on the CPU, not on {device}; pass --device cpu as well")
     if engine == OPENVINO and not is_openvino_installed():
         raise ResourceError(f"--engine openvino: it is not installed; install it with: {_INSTALL}")
 
 
-def _check_compute(compute: str, device: torch.device) -> None:
+def _check_compute(compute: str, device: str) -> None:
     if compute not in COMPUTES:
         raise UsageError(f"unknown precision {compute!r}; known are {', '.join(COMPUTES)}")
     if compute == "fp32":
@@ -110,18 +146,20 @@ def _check_compute(compute: str, device: torch.device) -> None:
         raise ResourceError(f"--compute {compute}: {reason}; use fp32 here, whose embeddings have a cache of their own")
 
 
-def _why_not(compute: str, device: torch.device) -> str | None:
+def _why_not(compute: str, device: str) -> str | None:
     """Return why this device does not compute in half precision, or None where it does."""
-    if device.type == "cuda":
+    if device == "cuda":
+        import torch
+
         is_native = compute == "fp16" or torch.cuda.is_bf16_supported(including_emulation=False)
-        return None if is_native else f"{device_name(device)} has no bfloat16 units and would imitate them slowly"
-    if compute == "fp16" or device.type != "cpu":
-        return f"it needs an NVIDIA GPU, and this is {device_name(device)}"
+        return None if is_native else f"{_device_name(device)} has no bfloat16 units and would imitate them slowly"
+    if compute == "fp16" or device != "cpu":
+        return f"it needs an NVIDIA GPU, and this is {_device_name(device)}"
     if not bf16_units():
-        return f"{device_name(device)} has no bfloat16 units (AMX or AVX-512 BF16) and would imitate them slowly"
+        return f"{_device_name(device)} has no bfloat16 units (AMX or AVX-512 BF16) and would imitate them slowly"
     return None
 
 
-def available_computes(device: torch.device) -> tuple[str, ...]:
+def available_computes(device: str) -> tuple[str, ...]:
     """Return the precisions that a device computes in."""
     return tuple(name for name in COMPUTES if name == "fp32" or _why_not(name, device) is None)

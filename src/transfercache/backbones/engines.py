@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,27 +17,13 @@ from transfercache.backbones import available
 from transfercache.backbones.devices import is_out_of_memory
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import ResourceError
-from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
-
-_N_CANARIES = 4
-_CANARY_GRID = 7  # a few blobs across the image: smooth, as photographs are
-
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # On a GPU one half of a batch is copied while the other is computed.
 _CUDA_PIECES = 2
 
 logger = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """Turns pixels into features; holds its own copy of the network on its device."""
-
-    name: str
-
-    def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return float32 [B, D] for uint8 [B, H, W, 3]."""
 
 
 class EagerEngine:
@@ -109,9 +96,15 @@ class EagerEngine:
 
 def normalise(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """Return (x / 255 - mean) / std as float32 [B, 3, H, W] in channels-last memory, for uint8 [B, H, W, 3]."""
-    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=pixels.device).view(3, 1, 1)
+    mean, std = (_per_channel(values, pixels.device) for values in (preprocessing.mean, preprocessing.std))
     return pixels.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    # Kept on the device: to send them there with each batch would wait until a GPU has done all that it was given.
+    with torch.inference_mode(False):  # what is made in it is of no use to training and tracing
+        return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 @contextmanager
@@ -132,18 +125,3 @@ def _precision_switches() -> list[tuple[Any, str, str]]:
     backends: Any = torch.backends
     modules = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
     return [(module, "fp32_precision", "ieee") for module in (*modules, backends.mkldnn.matmul, backends.mkldnn.conv)]
-
-
-def canary_pixels(crop: int) -> NDArray[np.uint8]:
-    """Return the uint8 [4, crop, crop, 3] images that tell whether a network is the one it was: fixed for ever.
-
-    Random grids, interpolated between their points in whole numbers, so that every machine makes the same bytes.
-    """
-    points = _CANARY_GRID - 1
-    grid = derive_rng(0, "canary").integers(0, 256, (_N_CANARIES, _CANARY_GRID, _CANARY_GRID, 3))  # int64
-    position = np.arange(crop, dtype=np.int64) * points  # in units of 1 / crop of a grid cell
-    cell, weight = position // crop, position % crop
-    rows = grid[:, cell] * (crop - weight)[:, None, None] + grid[:, cell + 1] * weight[:, None, None]
-    left, right = rows[:, :, cell], rows[:, :, cell + 1]
-    images = left * (crop - weight)[:, None] + right * weight[:, None]  # int64 [4, crop, crop, 3], times crop squared
-    return (images // (crop * crop)).astype(np.uint8)

@@ -7,52 +7,32 @@ import logging
 import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from transfercache.backbones.available import OPENVINO, kept_networks
-from transfercache.backbones.engines import EagerEngine, canary_pixels, normalise
-from transfercache.backbones.registry import Backbone
-from transfercache.backbones.weights import weights_digest
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.known import FrozenBackbone
 from transfercache.environment import installed_versions
 from transfercache.errors import ResourceError, UsageError
 from transfercache.fetch import whole_folder
 from transfercache.files import sha256_file
-from transfercache.spec import Preprocessing
 
 # Its mere import tells Google Analytics that it was imported, unless the package that does so is not there.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # what makes an import fail
 import openvino as ov  # noqa: E402
-from openvino.frontend import (  # noqa: E402
-    FrontEndManager,
-    GeneralFailure,
-    InitializationFailure,
-    NotImplementedFailure,
-    OpConversionFailure,
-    OpValidationFailure,
-)
-from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder  # noqa: E402
+
+if TYPE_CHECKING:
+    from transfercache.backbones.registry import Backbone
 
 _PRECISIONS = {"fp32": "f32", "bf16": "bf16"}
 # Of the largest feature: engines differ by some 1e-6 of it, a conversion that went wrong by far more.
 _TOLERANCE = 1e-4
-_WAY_OUT = "pass --engine eager"
-# Tracing raises the first, the front end the others.
-_CONVERSION_ERRORS = (
-    RuntimeError,
-    GeneralFailure,
-    InitializationFailure,
-    NotImplementedFailure,
-    OpConversionFailure,
-    OpValidationFailure,
-)
+WAY_OUT = "pass --engine eager"
 _GRAPH, _TENSORS, _CONTENTS = "network.xml", "network.bin", "contents.json"
 
 logger = logging.getLogger(__name__)
@@ -63,7 +43,7 @@ class OpenvinoEngine:
 
     name = OPENVINO
 
-    def __init__(self, backbone: Backbone, *, compute: str = "fp32") -> None:
+    def __init__(self, backbone: FrozenBackbone, *, compute: str = "fp32") -> None:
         """Open the kept conversion of this network, or convert it.
 
         Raises UsageError where OpenVINO cannot do that, ResourceError where the conversion can be written nowhere.
@@ -96,10 +76,9 @@ def _compile(network: Any, shape: tuple[int, ...], *, precision: str) -> Any:
     return ov.Core().compile_model(fixed, "CPU", properties)
 
 
-def _open_network(backbone: Backbone) -> Any:
+def _open_network(backbone: FrozenBackbone) -> Any:
     """Return the network with its normalisation, uint8 [?, H, W, 3] -> float32 [?, D], as an openvino.Model."""
-    digest = weights_digest(backbone.network.state_dict())  # of what is there: a fine-tuned network has its own
-    preprocessing = backbone.preprocessing
+    preprocessing, digest = backbone.preprocessing, backbone.weights_digest
     versions = installed_versions()
     identity = {
         "backbone": backbone.name,
@@ -116,42 +95,19 @@ def _open_network(backbone: Backbone) -> Any:
             return _read(folder)
         logger.warning("%s: damaged, or made by other versions; the network is converted again", folder)
         shutil.rmtree(folder, ignore_errors=True)
-    converted = _convert(backbone)
+    from transfercache.backbones.openvino_conversion import convert
+
+    loaded = backbone.load()
+    converted = convert(loaded)
     # What runs is the saved form in any case: OpenVINO rewrites it a little, and the last bits of a row are to be the
     # same in the run that goes on with this one.
     try:
         with whole_folder(folder) as temporary:
-            return _save(converted, temporary, backbone, identity)
+            return _save(converted, temporary, loaded, identity)
     except ResourceError as error:
         logger.warning("%s: the converted network is not kept (%s)", folder, error)
     with TemporaryDirectory() as temporary:
-        return _save(converted, Path(temporary), backbone, identity)
-
-
-class _FromPixels(nn.Module):
-    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.network, self._preprocessing = network, preprocessing
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.network(normalise(pixels, self._preprocessing))
-        return features
-
-
-def _convert(backbone: Backbone) -> Any:
-    # By the front end itself: openvino.convert_model, which wraps it, is also there to send usage statistics.
-    example = torch.from_numpy(canary_pixels(backbone.preprocessing.crop)[:2])
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            # Tracing is deprecated in favour of torch.export, and warns of every constant: the result is checked.
-            warnings.simplefilter("ignore")
-            module = _FromPixels(backbone.network, backbone.preprocessing).eval()
-            traced = torch.jit.trace(module, example, check_trace=False)
-            decoder = TorchScriptPythonDecoder(traced)  # the front end keeps no reference to it
-            front_end = FrontEndManager().load_by_framework("pytorch")
-            return front_end.convert(front_end.load(decoder))
-    except _CONVERSION_ERRORS as error:
-        raise UsageError(f"{backbone.name}: OpenVINO cannot convert it ({_reason(error)}); {_WAY_OUT}") from error
+        return _save(converted, Path(temporary), loaded, identity)
 
 
 def _save(converted: Any, folder: Path, backbone: Backbone, identity: dict[str, Any]) -> Any:
@@ -161,7 +117,7 @@ def _save(converted: Any, folder: Path, backbone: Backbone, identity: dict[str, 
         network = _read(folder)
     except RuntimeError as error:
         raise ResourceError(
-            f"{folder}: cannot be written ({_reason(error)}); free some space, or {_WAY_OUT}"
+            f"{folder}: cannot be written ({last_line(error)}); free some space, or {WAY_OUT}"
         ) from error
     _check_conversion(network, backbone)
     contents = {"identity": identity, "sha256": _digests(folder)}
@@ -174,14 +130,15 @@ def _read(folder: Path) -> Any:
 
 
 def _check_conversion(network: Any, backbone: Backbone) -> None:
-    pixels = canary_pixels(backbone.preprocessing.crop)
-    expected = EagerEngine(backbone, torch.device("cpu")).embed(pixels)  # float32 [4, D]
+    from transfercache.backbones.openvino_conversion import eager_canaries
+
+    pixels, expected = canary_pixels(backbone.preprocessing.crop), eager_canaries(backbone)
     found = _compile(network, pixels.shape, precision="f32")([pixels])[0]
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     if not error <= _TOLERANCE:
         raise UsageError(
             f"{backbone.name}: as OpenVINO converts it, its embeddings are off by {error:.2g} of the largest feature; "
-            f"{_WAY_OUT}"
+            f"{WAY_OUT}"
         )
 
 
@@ -199,5 +156,6 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: sha256_file(folder / name) for name in (_GRAPH, _TENSORS)}
 
 
-def _reason(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """Return where OpenVINO says what went wrong."""
     return (str(error).splitlines() or [type(error).__name__])[-1]

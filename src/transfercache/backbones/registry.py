@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from transfercache.backbones.architecture import Architecture, Head, LoadedWeights, find_head
+from transfercache.backbones.available import DEFAULT, RANDOM
 from transfercache.backbones.stages import Stage
 from transfercache.backbones.timm_adapter import LITE0, TIMM_PREFIX, lite0_architecture, timm_architecture
 from transfercache.backbones.torchvision_adapter import torchvision_architecture, torchvision_names
@@ -17,8 +18,6 @@ from transfercache.errors import UsageError, WeightsError, did_you_mean
 from transfercache.randomness import derive_seed
 from transfercache.spec import Preprocessing
 
-DEFAULT = "DEFAULT"
-RANDOM = "random"
 _RANDOM_SEED = 0
 _RANDOM_SOURCE = {"kind": "random", "where": f"seed {_RANDOM_SEED}", "licence": "none needed"}
 
@@ -40,6 +39,11 @@ class Backbone:
     weights_source: dict[str, str]  # kind: default | file | random | package | hub; where; licence
     stages: tuple[Stage, ...]
     boundary: str = "pooled"  # the input of the last nn.Linear that runs
+    weights_file: Path | None = None  # what was read; None for random ones, and for those of a hub
+
+    def load(self) -> Backbone:
+        """Return itself: a `known.FrozenBackbone` that is loaded."""
+        return self
 
 
 def known_backbones() -> list[str]:
@@ -63,8 +67,8 @@ def load_backbone(name: str, *, weights: str = DEFAULT, expected_digest: str | N
         own_names = {architecture.own_name(given): tensor for given, tensor in loaded.state.items()}
         state = {own: tensor for own, tensor in own_names.items() if own is not None}
         has_head = load_state(network, state, head_path=head.path, what=f"{loaded.source['where']} as {name}")
-    source = _RANDOM_SOURCE if loaded is None else loaded.source
-    backbone = _without_head(architecture, network, head, has_head=has_head, source=source)
+    source, file = (_RANDOM_SOURCE, None) if loaded is None else (loaded.source, loaded.file)
+    backbone = _without_head(architecture, network, head, has_head=has_head, source=source, file=file)
     if expected_digest is not None and backbone.weights_digest != expected_digest:
         raise WeightsError(
             f"{source['where']}: these weights of {name} have the digest {backbone.weights_digest}, not the expected "
@@ -104,11 +108,17 @@ def _resolve(architecture: Architecture, weights: str) -> LoadedWeights | None:
     if weights == DEFAULT:
         return architecture.default_weights()
     path = Path(weights).expanduser().absolute()
-    return LoadedWeights(read_state(path), {"kind": "file", "where": str(path), "licence": "not known to tlc"})
+    return LoadedWeights(read_state(path), {"kind": "file", "where": str(path), "licence": "not known to tlc"}, path)
 
 
 def _without_head(
-    architecture: Architecture, network: nn.Module, head: Head, *, has_head: bool, source: dict[str, str]
+    architecture: Architecture,
+    network: nn.Module,
+    head: Head,
+    *,
+    has_head: bool,
+    source: dict[str, str],
+    file: Path | None,
 ) -> Backbone:
     taken_out = network.get_submodule(head.path)
     network.set_submodule(head.path, nn.Identity().eval())
@@ -122,4 +132,5 @@ def _without_head(
         weights_digest=weights_digest(network.state_dict()),
         weights_source=dict(source),
         stages=architecture.stages(network),
+        weights_file=file,
     )

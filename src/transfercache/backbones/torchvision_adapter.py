@@ -91,7 +91,8 @@ def _preprocessing(transforms: Any) -> Preprocessing:
 def _default_weights(weights: Any) -> LoadedWeights:
     licence = weights.meta.get("license", "none stated by torchvision; trained on ImageNet-1K")
     source = {"kind": "default", "where": weights.url, "licence": licence}
-    return LoadedWeights(read_state(_checkpoint(weights.url)), source)
+    path = _checkpoint(weights.url)
+    return LoadedWeights(read_state(path), source, path)
 
 
 def _checkpoint(url: str) -> Path:

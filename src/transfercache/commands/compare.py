@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from transfercache import config
+from transfercache.backbones.available import RANDOM
 from transfercache.backbones.choice import choose_engine
-from transfercache.backbones.devices import device_name
-from transfercache.backbones.registry import RANDOM, load_backbone
+from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.extract import Extraction, extract_manifest
 from transfercache.commands.inputs import (
@@ -181,7 +182,7 @@ def compare(
             spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
             n_views=extractions[name].views if name in extractions else config.VIEWS,
-            device=choice.device,
+            device=torch.device(choice.device),
             workers=workers,
             epochs=epochs,
         )
@@ -197,7 +198,7 @@ def compare(
 
     def comparison() -> Comparison:
         return Comparison(
-            summary=_summarise(manifest.name, rows, jobs, done, warnings=warnings, device=device_name(choice.device)),
+            summary=_summarise(manifest.name, rows, jobs, done, warnings=warnings, device=choice.device_name),
             bad=bad_images(manifest, reasons),
             data=str(data),
             weights=weights,

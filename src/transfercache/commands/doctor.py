@@ -103,12 +103,11 @@ def _is_seen(device: str) -> bool:
 
 
 def _describe_device(name: str) -> dict[str, Any]:
-    device = torch.device(name)
     return {
         "device": name,
-        "name": device_name(device),
+        "name": device_name(pick_device(name)),
         "engine": auto_engine(name),
-        "computes": list(available_computes(device)),
+        "computes": list(available_computes(name)),
     }
 
 

@@ -16,10 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
-from transfercache.backbones.choice import Choice, choose_engine
-from transfercache.backbones.devices import device_name
-from transfercache.backbones.engines import Engine, canary_pixels
-from transfercache.backbones.registry import Backbone, load_backbone
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.choice import Choice, Engine, choose_engine
+from transfercache.backbones.known import FrozenBackbone, find_backbone
 from transfercache.cache.provenance import Run, makers_of
 from transfercache.cache.reader import Cache, open_cache
 from transfercache.cache.rows import OK
@@ -204,7 +203,7 @@ def extract_features(
         if labels is not None:
             raise UsageError("--labels: a part has no labels of its own; give them to the command without --part")
         manifest = take_part(manifest, part, batch_size=batch_size or config.EXTRACT_BATCH_SIZE)
-    loaded = load_backbone(backbone, weights=weights)
+    loaded = find_backbone(backbone, weights=weights)
     pick_decoder(options.spec(loaded).preprocessing)  # what cannot be loaded fails now
     root = cache_root(cache_dir)
     folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=options.spec(loaded))
@@ -249,7 +248,7 @@ def extract_features(
 
 def extract_manifest(
     manifest: Manifest,
-    backbone: Backbone,
+    backbone: FrozenBackbone,
     *,
     cache_dir: Path,
     options: EmbedOptions,
@@ -282,9 +281,9 @@ def extract_manifest(
             copied_from=None,
             seconds=watch.seconds(),
             engine=choice.engine,
-            device=device_name(choice.device),
+            device=choice.device_name,
             batch_size=batch_size,
-            weights=backbone.weights_source,
+            weights=dict(backbone.weights_source),
             **environment,
         )
 
@@ -317,7 +316,7 @@ def extract_manifest(
         seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
         engine=choice.engine,
         compute=choice.compute,
-        device=device_name(choice.device),
+        device=choice.device_name,
         next_command=("tlc", "train-head", str(store.folder)),
     )
 
@@ -350,7 +349,7 @@ def find_cache_of(manifest: Manifest, *, backbone: str, weights: str, cache_dir:
 
     Of several, the one that is nearest to the default decoder, precision and storage dtype.
     """
-    loaded = load_backbone(backbone, weights=weights)
+    loaded = find_backbone(backbone, weights=weights)
     choices = itertools.product(get_args(config.Decode), get_args(config.Compute), get_args(config.StorageDtype))
     options = (EmbedOptions(compute, dtype, decode=decode) for decode, compute, dtype in choices)
     specs = dict.fromkeys(item.spec(loaded) for item in options)  # auto is one of the others

@@ -18,7 +18,7 @@ from transfercache.spec import DECODERS, ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from transfercache.backbones.registry import Backbone
+    from transfercache.backbones.known import FrozenBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class EmbedOptions:
         if self.decode not in DECODERS:
             raise UsageError(f"--decode {self.decode!r} is none of {', '.join(DECODERS)}")
 
-    def spec(self, backbone: Backbone) -> ExtractSpec:
+    def spec(self, backbone: FrozenBackbone) -> ExtractSpec:
         """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
         return ExtractSpec(
             backbone=backbone.name,

@@ -39,8 +39,7 @@ from transfercache.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from transfercache.backbones.choice import Choice
-    from transfercache.backbones.engines import Engine
+    from transfercache.backbones.choice import Choice, Engine
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -18,6 +17,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from transfercache.cache.shard import ShardWriter, as_stored
+from transfercache.environment import n_cores
 from transfercache.errors import DecodeError
 from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import read_image_bytes
@@ -28,7 +28,7 @@ from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch, busiest
 
 if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache imports this file
-    from transfercache.backbones.engines import Engine
+    from transfercache.backbones.choice import Engine
 
 # Batches decoded ahead of the network: enough to bridge one slow image, few enough to bound memory
 # (64 images of 224 px are 10 MB a batch).
@@ -87,7 +87,7 @@ class Embedder:
                 bar.update(batch.n_views)
 
     def _bottleneck(self) -> str:
-        threads = {"decode": self.workers or os.cpu_count() or 1, "forward": 1, "write": 1}
+        threads = {"decode": self.workers or n_cores(), "forward": 1, "write": 1}
         return busiest(self.watch.seconds(), threads=threads)
 
     def _embed(self, batch: _DecodedBatch) -> EmbeddedBatch:

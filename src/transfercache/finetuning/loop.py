@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from transfercache.backbones.engines import canary_pixels, full_float32
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import full_float32
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.backbones.weights import seeded
 from transfercache.errors import DataError, UsageError

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from transfercache.environment import n_cores
 
 Item = TypeVar("Item")
 Done = TypeVar("Done")
@@ -19,7 +20,7 @@ def run_ahead(
 
     Threads, because Pillow releases the interpreter lock; None is one a core. Close the generator to end them early.
     """
-    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1, thread_name_prefix="decode")
+    pool = ThreadPoolExecutor(workers or n_cores(), thread_name_prefix="decode")
     waiting: deque[tuple[Item, Future[Done]]] = deque()
     try:
         for item in items:

@@ -1,4 +1,7 @@
-"""A MODEL as something that runs: the backbone it names, loaded, verified, and checked against its canaries."""
+"""A MODEL as something that runs: the backbone it names, loaded, verified, and checked against its canaries.
+
+Torch is loaded where there are tensors to put into a network.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from transfercache.backbones.choice import Choice
-from transfercache.backbones.engines import Engine, canary_pixels
-from transfercache.backbones.registry import DEFAULT, RANDOM, Backbone, load_backbone
-from transfercache.backbones.weights import weights_digest
+from transfercache.backbones.available import DEFAULT, RANDOM
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.choice import Choice, Engine
+from transfercache.backbones.known import FrozenBackbone, find_backbone
 from transfercache.errors import ModelError
 from transfercache.models.head_file import Model, check_canaries
 from transfercache.spec import ExtractSpec
@@ -33,35 +35,40 @@ def load_engine(model: Model, path: Path, *, weights: str | None, choice: Choice
     return engine
 
 
-def load_frozen(spec: ExtractSpec, source: Mapping[str, str], *, weights: str | None) -> Backbone:
+def load_frozen(spec: ExtractSpec, source: Mapping[str, str], *, weights: str | None) -> FrozenBackbone:
     """Return the backbone of `spec`, its weights from `weights`, or, where that is None, from where they came.
 
     `source` is what a cache or a model keeps of that. Raises WeightsError where they cannot be had or have another
     digest.
     """
     origin = {"file": source.get("where", ""), "random": RANDOM}.get(source.get("kind", ""), DEFAULT)
-    return load_backbone(spec.backbone, weights=weights or origin, expected_digest=spec.weights_digest)
+    return find_backbone(spec.backbone, weights=weights or origin, expected_digest=spec.weights_digest)
 
 
 def frozen_tensors(spec: ExtractSpec, source: Mapping[str, str], *, weights: str | None) -> dict[str, npt.NDArray[Any]]:
     """Return name -> tensor of the backbone that `load_frozen` returns, for a model that is to hold them."""
-    backbone = load_frozen(spec, source, weights=weights)
-    return {name: tensor.numpy() for name, tensor in backbone.network.state_dict().items()}
+    network = load_frozen(spec, source, weights=weights).load().network
+    return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
-def _load_backbone(model: Model, path: Path, *, weights: str | None) -> Backbone:
+def _load_backbone(model: Model, path: Path, *, weights: str | None) -> FrozenBackbone:
     spec = model.head.spec
     if model.is_finetuned:
         return _from_tensors(model.backbone_tensors, spec, path)
     if weights is not None or not model.bundled_tensors:
         return load_frozen(spec, model.weights_source, weights=weights)
     backbone = _from_tensors(model.bundled_tensors, spec, path)
-    if weights_digest(backbone.network.state_dict()) != spec.weights_digest:
+    if backbone.weights_digest != spec.weights_digest:
         raise ModelError(f"{path}: the backbone bundled in it fails its digest; train it again, or pass --weights PATH")
     return backbone
 
 
-def _from_tensors(arrays: Mapping[str, npt.NDArray[Any]], spec: ExtractSpec, path: Path) -> Backbone:
+def _from_tensors(arrays: Mapping[str, npt.NDArray[Any]], spec: ExtractSpec, path: Path) -> FrozenBackbone:
+    import torch
+
+    from transfercache.backbones.registry import load_backbone
+    from transfercache.backbones.weights import weights_digest
+
     backbone = load_backbone(spec.backbone, weights=RANDOM)
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     try:
@@ -71,4 +78,5 @@ def _from_tensors(arrays: Mapping[str, npt.NDArray[Any]], spec: ExtractSpec, pat
             f"{path}: its backbone is not a {spec.backbone} ({str(error).splitlines()[-1].strip()})"
         ) from error
     # What it was made with, which for a published model need not be today's default.
-    return replace(backbone, preprocessing=spec.preprocessing)
+    digest = weights_digest(backbone.network.state_dict())
+    return replace(backbone, preprocessing=spec.preprocessing, weights_digest=digest)
