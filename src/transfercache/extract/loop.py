@@ -17,9 +17,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from transfercache.cache.shard import ShardWriter, as_stored
-from transfercache.environment import n_cores
 from transfercache.errors import DecodeError
-from transfercache.images.ahead import run_ahead
+from transfercache.images.ahead import decoding_threads, run_ahead
 from transfercache.images.decode import read_image_bytes
 from transfercache.images.decoders import Decoder, pick_decoder
 from transfercache.images.manifest import Manifest
@@ -68,7 +67,7 @@ class Embedder:
     manifest: Manifest
     spec: ExtractSpec
     engine: Callable[[], Engine]  # asked for when a first image is to be embedded
-    workers: int | None  # decoding threads; None: one a core
+    workers: int | None  # decoding threads; None: see `decoding_threads`
     watch: Stopwatch
 
     def embed(self, pending: Sequence[PendingView], *, batch_size: int) -> Generator[EmbeddedBatch, None, None]:
@@ -87,7 +86,7 @@ class Embedder:
                 bar.update(batch.n_views)
 
     def _bottleneck(self) -> str:
-        threads = {"decode": self.workers or n_cores(), "forward": 1, "write": 1}
+        threads = {"decode": decoding_threads(self.workers), "forward": 1, "write": 1}
         return busiest(self.watch.seconds(), threads=threads)
 
     def _embed(self, batch: _DecodedBatch) -> EmbeddedBatch:

@@ -70,12 +70,16 @@ def fit_at(
     whitening: Whitening | None = None,
     gap: float | None = None,
 ) -> tuple[Affine, Chosen]:
-    """Fit this C to within a relative gap, from a start or, without one, from the optimum on fewer rows."""
+    """Fit this C from a start or, without one, from the optimum on fewer rows.
+
+    To within a relative gap of `gap`, by default `GAP`, or, where each pass reads the rows from a file, `CONVERGED_GAP`:
+    the passes from there to the last digits take longer than all before.
+    """
     l2 = _l2(problem, C)
     start = _start_on_fewer_rows(problem, l2, whitening) if start is None else start
     # From zero straight to a weak penalty all rows become certain on the way, and the curvature of before misleads.
     descent = _Descent(problem, start, None if start is None else whitening)
-    descent.solve(l2, gap=GAP[descent.dtype] if gap is None else gap)
+    descent.solve(l2, gap=descent.final_gap if gap is None else gap)
     reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
     if not is_converged:
@@ -169,6 +173,11 @@ class _Descent:
         self._point: Point | None = None
         if start is not None:
             self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(start)
+
+    @property
+    def final_gap(self) -> float:
+        """The relative gap at which a head is done."""
+        return GAP[self.dtype] if self._rows.is_in_memory else CONVERGED_GAP
 
     def affine(self) -> Affine:
         """Return where it stands, as a map on raw embeddings."""
