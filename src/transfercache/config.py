@@ -30,7 +30,7 @@ MODELS_DIR = "./models"
 
 # 32 images of 224 px keep two cores busy, waste little on a short last batch, and are soon decoded.
 EXTRACT_BATCH_SIZE = 32
-# A GPU wants more at once: on an H100 256 were 1.2 times as fast as 64, and 1,024 no more than 1.05 times as fast again.
+# A GPU wants more at once: on an H100 256 were 1.2 times as fast as 64, and 1,024 only 1.05 times as fast again.
 CUDA_BATCH_SIZE = 256
 VAL_FRACTION = 0.2
 SPLIT_SEED = 0

@@ -78,7 +78,9 @@ ExtractBatchSize = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Decoding threads; by default one a core, at most 8.", show_default=False, rich_help_panel="Machine"),
+    typer.Option(
+        min=1, help="Decoding threads; by default one a core, at most 8.", show_default=False, rich_help_panel="Machine"
+    ),
 ]
 CacheDir = Annotated[
     Path | None,

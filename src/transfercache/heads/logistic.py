@@ -72,7 +72,7 @@ def fit_at(
 ) -> tuple[Affine, Chosen]:
     """Fit this C from a start or, without one, from the optimum on fewer rows.
 
-    To within a relative gap of `gap`, by default `GAP`, or, where each pass reads the rows from a file, `CONVERGED_GAP`:
+    To within a relative gap of `gap`, by default `GAP`, or `CONVERGED_GAP` where each pass reads the rows from a file:
     the passes from there to the last digits take longer than all before.
     """
     l2 = _l2(problem, C)
