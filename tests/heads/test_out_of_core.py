@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from transfercache.heads import logistic, standardise
 from transfercache.heads import minibatches as module
-from transfercache.heads import standardise
 from transfercache.heads.fit import fit_head
 from transfercache.heads.minibatches import CHUNK_ROWS, MIN_CHUNKS, minibatches
 from transfercache.heads.standardise import Standardised
@@ -68,6 +68,11 @@ def test_solvers__rows_read_in_every_pass_give_the_head_of_rows_in_memory(make_t
     settings = {"solver": solver, **({"optimizer": "lbfgs"} if solver == "linear" else {})}
     in_memory = fit_head(make_table(*overlapping), **settings)
     monkeypatch.setattr(standardise, "MAX_BYTES_IN_MEMORY", 0)
+    rough = fit_head(make_table(*overlapping), **settings)
+    monkeypatch.setattr(logistic, "CONVERGED_GAP", logistic.GAP[np.dtype(np.float64)])
     streamed = fit_head(make_table(*overlapping), **settings)
+    if solver == "logistic":  # ends earlier where each pass reads a file
+        assert in_memory.chosen["relative_gap"] < 1e-8 < rough.chosen["relative_gap"] < 1e-3
+        assert rough.chosen["passes"] < in_memory.chosen["passes"]
     np.testing.assert_allclose(streamed.weight, in_memory.weight, rtol=1e-4, atol=1e-5)
     assert streamed.chosen == in_memory.chosen

@@ -31,10 +31,11 @@ C_GRID = tuple(float(C) for C in np.logspace(-4, 4, 9))
 DEFAULT_C = 1.0
 #: Relative gaps to the optimum that are good enough: for the head, by the precision of the rows (1e-8 holds every
 #: probability to 1e-4); on a path, to tell values of C a factor of ten apart; for a start on some of the rows, whose
-#: own optimum is further away than that.
-GAP = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-6}
+#: own optimum is further away than that, but whose curvature goes with it. These are bounds: gaps in float32 that are
+#: bounded by 1e-5 were 1e-6 to 5e-6 of the objective.
+GAP = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-5}
 PATH_GAP = {np.dtype(np.float64): 1e-4, np.dtype(np.float32): 1e-3}
-START_GAP = 1e-2
+START_GAP = 1e-3
 #: What still counts as converged: rounding may end a fit of classes that are separated almost without a penalty.
 CONVERGED_GAP = 1e-3
 #: Passes over the rows; a fit that takes more separates its classes almost without a penalty.
@@ -76,9 +77,11 @@ def fit_at(
     the passes from there to the last digits take longer than all before.
     """
     l2 = _l2(problem, C)
-    start = _start_on_fewer_rows(problem, l2, whitening) if start is None else start
-    # From zero straight to a weak penalty all rows become certain on the way, and the curvature of before misleads.
-    descent = _Descent(problem, start, None if start is None else whitening)
+    descent = _Descent(problem, whitening)
+    if start is not None:
+        descent.begin_at(start)
+    else:
+        descent.begin_after(_descent_on_fewer_rows(problem, l2, whitening))
     descent.solve(l2, gap=descent.final_gap if gap is None else gap)
     reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
@@ -124,7 +127,7 @@ def _whitening_of(problem: Problem) -> Whitening | None:
 
 def fit_path(problem: Problem, whitening: Whitening | None = None) -> Iterator[Affine]:
     """Fit every C of the grid; each starts where the two before point, with the curvature that was seen on the way."""
-    descent = _Descent(problem, None, whitening or _whitening_of(problem))
+    descent = _Descent(problem, whitening or _whitening_of(problem))
     for C in C_GRID:
         descent.solve(_l2(problem, C), gap=PATH_GAP[descent.dtype])
         yield descent.affine()
@@ -136,8 +139,8 @@ def _l2(problem: Problem, C: float) -> float:
     return (2 if problem.n_targets == 2 else 1) / (C * float(problem.row_weights.sum()))
 
 
-def _start_on_fewer_rows(problem: Problem, l2: float, whitening: Whitening | None) -> Affine | None:
-    """Return the optimum on a part of the rows, found in the same way; None where there are too few to save a pass."""
+def _descent_on_fewer_rows(problem: Problem, l2: float, whitening: Whitening | None) -> _Descent | None:
+    """Return a descent to the optimum on a part of the rows, itself begun on fewer; None where that saves no pass."""
     n_rows = problem.blocks.shape[0]
     n_part = n_rows // START_SHARE
     if n_part < MIN_START_ROWS:
@@ -145,16 +148,16 @@ def _start_on_fewer_rows(problem: Problem, l2: float, whitening: Whitening | Non
     # Sorted: rows of a file are then read in order.
     rows = np.sort(derive_rng(problem.settings.seed, "start").permutation(n_rows)[:n_part])
     part = problem.subset(rows)
-    start = _start_on_fewer_rows(part, l2, whitening)
-    descent = _Descent(part, start, None if start is None else whitening)
+    descent = _Descent(part, whitening)
+    descent.begin_after(_descent_on_fewer_rows(part, l2, whitening))
     descent.solve(l2, gap=START_GAP)
-    return descent.affine()
+    return descent
 
 
 class _Descent:
     """Parameters [K, D + 1] on standardised rows, from zero or a start to the optima of one l2 after another."""
 
-    def __init__(self, problem: Problem, start: Affine | None, whitening: Whitening | None) -> None:
+    def __init__(self, problem: Problem, whitening: Whitening | None) -> None:
         # Small problems are cheap in float64; in large ones float32 halves the time, and sums are float64 in any case.
         is_small = problem.n_multiplications < MIN_SHARED
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if is_small else np.float32)
@@ -171,8 +174,19 @@ class _Descent:
         self._mean_loss = math.log(problem.n_targets)
         self._l2: float | None = None
         self._point: Point | None = None
-        if start is not None:
-            self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(start)
+
+    def begin_at(self, start: Affine) -> None:
+        """Go on from a map on raw embeddings."""
+        self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(start)
+
+    def begin_after(self, earlier: _Descent | None) -> None:
+        """Go on from where a descent on fewer of the rows stands, with the curvature that it saw; else from zero."""
+        if earlier is None:
+            # Straight to a weak penalty all rows become certain on the way, and the curvature of before misleads.
+            self._whitening = None
+            return
+        self.begin_at(earlier.affine())
+        self._curvature, self._l2 = earlier._curvature, earlier._l2
 
     @property
     def final_gap(self) -> float:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from threadpoolctl import threadpool_limits
 
 from transfercache.cache.blocks import BLOCK_ROWS
+from transfercache.environment import n_cores
 
 Sums = TypeVar("Sums")
 
@@ -41,8 +42,7 @@ def share_rows(n_rows: int, n_multiplications: int, work: Callable[[list[slice]]
 
     Thread i of T takes every T-th block, so that on one machine sums are always formed in the same order.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    n_threads = cores if n_multiplications >= MIN_SHARED else 1
+    n_threads = n_cores() if n_multiplications >= MIN_SHARED else 1
     # As many for each thread, and all of one size to within the last.
     n_blocks = n_threads * -(-n_rows // (n_threads * BLOCK_ROWS))
     block_rows = max(1, -(-n_rows // n_blocks))
