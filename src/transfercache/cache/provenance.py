@@ -14,7 +14,7 @@ from transfercache.strict_json import each, take
 MAX_ROWS = 10**12
 
 #: What may change an embedding without changing the spec: packages, and the engine beside them.
-_MAKERS = ("torch", "torchvision", "timm", "pillow")
+_MAKERS = ("torch", "torchvision", "timm", "pillow", "torchcodec")
 
 _TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("date", "engine", "device"), str),
