@@ -41,6 +41,10 @@ class Backbone:
     stages: tuple[Stage, ...]
     boundary: str = "pooled"  # the input of the last nn.Linear that runs
 
+    def load(self) -> Backbone:
+        """Return itself: a `known.FrozenBackbone` that is loaded."""
+        return self
+
 
 def known_backbones() -> list[str]:
     """Return the names that `load_backbone` takes, sorted; `timm:NAME` is one more form."""
@@ -83,6 +87,20 @@ def network_with_head(backbone: Backbone, n_classes: int, *, seed: int) -> nn.Mo
         head = nn.Linear(backbone.dim, n_classes)
     network.set_submodule(backbone.head_path, head)
     return network.eval()
+
+
+def plain_network(name: str, n_classes: int) -> nn.Module:
+    """Return the library's own network with `n_classes` outputs and random weights, in eval mode.
+
+    Raises as `load_backbone` does for a name.
+    """
+    with seeded(_RANDOM_SEED):
+        return _architecture(name).build(num_classes=n_classes).eval()
+
+
+def plain_call(name: str, n_classes: int) -> str:
+    """Return the Python that makes `plain_network`'s network without tlc."""
+    return _architecture(name).call.format(n_classes)
 
 
 def _architecture(name: str) -> Architecture:
