@@ -39,7 +39,7 @@ def write_ours(folder: Path, features: Array) -> tuple[float, float]:
     path = folder / "shard-00000.h5"
     n_rows, dim = features.shape
     digests, views = np.random.default_rng(0).integers(0, 256, (n_rows, 32), np.uint8), np.zeros(n_rows, np.uint8)
-    entry = create_shard(path, digests=digests, views=views, dim=dim, dtype="float32", batch_size=32)
+    entry = create_shard(path, digests=digests, views=views, row_shape=(dim,), dtype="float32", batch_size=32)
     descriptor = os.open(path, os.O_RDWR)
     try:
         writer = ShardWriter(path, entry, descriptor)

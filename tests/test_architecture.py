@@ -15,7 +15,7 @@ from PIL import Image
 
 import transfercache
 from transfercache.backbones.available import is_openvino_installed
-from transfercache.cli import cache_handlers, handlers
+from transfercache.cli import cache_handlers, finetune_handler, handlers
 
 PACKAGE = "transfercache"
 SOURCE = Path(transfercache.__file__).parent
@@ -47,6 +47,7 @@ TORCH_FREE_FILES = (
     "backbones/known.py",
     "backbones/openvino_engine.py",
     "commands/extract.py",
+    "models/card.py",
     "models/head_file.py",
     "comparison/results.py",
     "comparison/statistics.py",
@@ -220,12 +221,14 @@ def test_public_names__are_all_that_a_fresh_import_shows() -> None:
 
 HANDLERS = {
     name: value
-    for module in (handlers, cache_handlers)
+    for module in (handlers, finetune_handler, cache_handlers)
     for name, value in vars(module).items()
     if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != "_" and name != "register"
 }
-# What the command line alone has: how it prints, and whether it asks.
-CLI_ONLY = ("json", "yes")
+# What the command line alone has: how it prints, whether it asks, and what is another function in Python.
+CLI_ONLY = ("json", "yes", "describe")
+# Without them the command line describes what it would do.
+MAY_BE_MISSING = {"finetune": "data"}
 # Words that may be left out.
 OPTIONAL_WORDS = ("caches",)
 
@@ -238,6 +241,9 @@ def test_signature__is_that_of_the_command(name: str) -> None:
     assert [parameter for parameter in api if parameter not in callbacks] == list(cli)
     # A repeatable option has a list of the one default.
     single = {p: v.default[0] if isinstance(v.default, list) else v.default for p, v in cli.items()}
+    if name in MAY_BE_MISSING:
+        assert single[MAY_BE_MISSING[name]] is None
+        single[MAY_BE_MISSING[name]] = inspect.Parameter.empty
     assert {p: v.default for p, v in api.items() if p not in callbacks} == single
     words = [p for p, v in api.items() if v.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
     assert words == [p for p, v in api.items() if v.default is inspect.Parameter.empty or p in OPTIONAL_WORDS]

@@ -32,6 +32,7 @@ def test_every_benchmark__is_run_here() -> None:
         "bench_gpu.py",
         "bench_heads.py",
         "bench_label_errors.py",
+        "bench_lp_ft.py",
         "bench_out_of_core.py",
         "bench_peers.py",
         "bench_startup.py",
@@ -169,7 +170,7 @@ def test_run_all__keeps_what_is_there_and_writes_the_page(tmp_path: Path) -> Non
 def _names() -> list[str]:
     """The order of the page, which leaves no benchmark out."""
     names = [
-        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "compare", "cache",
+        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "lp_ft", "compare", "cache",
         "storage_dtype", "views",
     ]  # fmt: skip
     assert sorted(names) == sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
@@ -187,3 +188,12 @@ def test_made_photos__crops_have_distinct_bytes_and_their_class(tmp_path: Path) 
     for path in files:
         with Image.open(path) as crop:
             assert all(32 <= side <= 40 for side in crop.size)
+
+
+def test_bench_lp_ft(tmp_path: Path) -> None:
+    words = ("--images=40", "--pixels=32", "--seeds=1")
+    printed = run("bench_lp_ft.py", *words, folder=tmp_path)
+    (seed,) = printed["seeds"]
+    assert set(seed) == {"finetune", "lp-ft"}
+    assert all(losses["held_out_loss"] > 0 for losses in seed.values())
+    assert printed["lp_ft_is_lower"] == (seed["lp-ft"]["held_out_loss"] < seed["finetune"]["held_out_loss"])

@@ -52,7 +52,7 @@ def test_readme_commands__run_in_order(folder: Path) -> None:
     lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     commands = [line for line in lines if line and line not in NEEDS_NETWORK]
     assert len(commands) >= 7
-    assert {shlex.split(line)[1] for line in commands} == {*NEEDS_WEIGHTS, "predict", "cache", "doctor"}
+    assert {shlex.split(line)[1] for line in commands} == {*NEEDS_WEIGHTS, "predict", "export", "cache", "doctor"}
     for line in commands:
         words = shlex.split(line)
         weights = ["--weights", "random"] if words[1] in NEEDS_WEIGHTS else []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transfercache.commands.compare import compare
     from transfercache.commands.demo import demo
     from transfercache.commands.doctor import doctor
+    from transfercache.commands.export import export
     from transfercache.commands.extract import extract_features
     from transfercache.commands.finetune import finetune
     from transfercache.commands.predict import load, predict
@@ -29,6 +30,7 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "export",
     "extract_features",
     "finetune",
     "list_caches",
@@ -48,6 +50,7 @@ _HOMES = {
     "compare": "commands.compare",
     "demo": "commands.demo",
     "doctor": "commands.doctor",
+    "export": "commands.export",
     "extract_features": "commands.extract",
     "finetune": "commands.finetune",
     "list_caches": "commands.cache",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
@@ -17,6 +18,10 @@ COMPUTES = ("fp32", "bf16", "fp16")
 
 #: View 0 is the eval transform, view 1 its mirror image, the rest are drawn from the training augmentation.
 VIEW_POLICY = "eval,mirror,augment/1"
+
+#: The boundary of an embedding: the input of the last nn.Linear that runs.
+POOLED = "pooled"
+_STAGE_BOUNDARY = re.compile(r"\S+ (\d+(?:x\d+)*)")
 
 #: What decodes and resizes; what each does to the pixels is in docs/images.md.
 DECODERS: tuple[str, ...] = get_args(config.Decode)
@@ -62,7 +67,7 @@ class ExtractSpec:
 
     backbone: str
     weights_digest: str  # 64 hex digits, see backbones/weights.py
-    boundary: str  # pooled: the input of the last nn.Linear that runs
+    boundary: str  # POOLED, or a stage's end with the shape of its activations, see `stage_boundary`
     preprocessing: Preprocessing
     compute: str = "fp32"
     storage_dtype: str = "float32"
@@ -74,6 +79,12 @@ class ExtractSpec:
             raise ValueError("weights_digest must be 64 lower-case hex digits")
         if self.compute not in COMPUTES:
             raise ValueError(f"compute {self.compute!r} is none of {', '.join(COMPUTES)}")
+
+    @property
+    def row_shape(self) -> tuple[int, ...] | None:
+        """The shape of the activations that a row holds in row-major order, as (C, H, W); None for an embedding."""
+        match = _STAGE_BOUNDARY.fullmatch(self.boundary)
+        return None if match is None else tuple(map(int, match[1].split("x")))
 
     def digest(self) -> str:
         """Return 64 hex digits: SHA-256 of the canonical JSON (sorted keys, no spaces)."""
@@ -92,6 +103,11 @@ class ExtractSpec:
         for name in ("mean", "std"):
             preprocessing[name] = tuple(_numbers(preprocessing[name], name))
         return cls(**{**values, "preprocessing": Preprocessing(**preprocessing)})
+
+
+def stage_boundary(stage: str, shape: tuple[int, ...]) -> str:
+    """Return the boundary where a stage ends, such as "layer3 256x14x14"."""
+    return f"{stage} {'x'.join(map(str, shape))}"
 
 
 _JSON_TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool}

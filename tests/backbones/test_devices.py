@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from transfercache.backbones.devices import device_name, memory_errors, pick_device, synchronize
+from transfercache.backbones.devices import device_name, memory_errors, peak_memory_bytes, pick_device, synchronize
 from transfercache.errors import ResourceError, UsageError
 
 
@@ -31,6 +31,13 @@ def test_pick_device__absent(name: str, monkeypatch: pytest.MonkeyPatch) -> None
 def test_pick_device__unknown() -> None:
     with pytest.raises(UsageError, match=r"unknown device 'cude' \(did you mean cuda\?\)"):
         pick_device("cude")
+
+
+def test_peak_memory_bytes__grows_with_what_a_process_takes() -> None:
+    before = peak_memory_bytes(torch.device("cpu"))
+    assert 2**27 < before < 2**40  # torch alone takes more than a hundred megabytes
+    taken = torch.ones(before // 4 + 2**24)  # as much again
+    assert peak_memory_bytes(torch.device("cpu")) >= before + taken.nbytes // 4
 
 
 def test_cpu__has_a_name_and_nothing_to_wait_for() -> None:

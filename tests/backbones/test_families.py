@@ -14,8 +14,10 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 
 from transfercache.backbones.available import is_openvino_installed
 from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.cut import cut_after
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
+from transfercache.backbones.stages import parameter_stage
 
 CPU = torch.device("cpu")
 
@@ -112,3 +114,17 @@ def test_backbone__is_in_eval_mode_and_has_its_stages(backbone: Backbone) -> Non
     assert not any(module.training for module in backbone.network.modules())
     assert all(backbone.network.get_submodule(stage.ends_at) is not None for stage in backbone.stages)
     assert isinstance(backbone.network.get_submodule(backbone.head_path), torch.nn.Identity)
+
+
+def test_cut_after__every_stage_gives_the_network_bit_for_bit(backbone: Backbone) -> None:
+    inputs = torchvision_inputs(backbone)
+    stage_of = parameter_stage(backbone.network, backbone.stages, backbone.head_path)
+    names = [stage.name for stage in backbone.stages]
+    with torch.inference_mode():
+        expected = backbone.network(inputs)
+        for number, stage in enumerate(backbone.stages[:-1]):
+            before, behind = cut_after(backbone.network, stage.ends_at, name=backbone.name)
+            assert torch.equal(behind(before(inputs)), expected), stage
+            # What trains lies behind the stage before it, and nothing lies on both sides.
+            assert {stage_of[name] for name, _ in before.named_parameters()} == set(names[: number + 1])
+            assert {stage_of[name] for name, _ in behind.named_parameters()} == set(names[number + 1 :])

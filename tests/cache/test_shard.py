@@ -44,7 +44,7 @@ def _create(folder: Path, extraction: Any, *, number: int = 0, dim: int = 6, n_v
         folder / f"shard-{number:05d}.h5",
         digests=extraction.digests,
         views=np.arange(n_views, dtype=np.uint8),
-        dim=dim,
+        row_shape=(dim,),
         dtype="float32",
         batch_size=4,
     )

@@ -552,5 +552,6 @@ def test_remove__killed_before_every_change(tmp_path: Path, make_extraction: Any
 
 
 def test_planned_size__is_that_of_the_shard(finished: Path) -> None:
-    (entry,) = read_catalogue(finished).shards
-    assert upkeep_module._shard_bytes(10, entry) == (finished / entry.file).stat().st_size
+    catalogue = read_catalogue(finished)
+    (entry,) = catalogue.shards
+    assert upkeep_module._shard_bytes(10, catalogue) == (finished / entry.file).stat().st_size

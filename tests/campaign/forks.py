@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,8 @@ PAUSE_SECONDS = 0.0005
 BACKBONE = "mobilenet_v3_small"
 #: OpenVINO would start threads of its own, and convert the network in a fork whose calls are counted.
 ENGINE = "--engine=eager"
+#: Instead of 224.
+FINETUNED_PIXELS = 96
 _FILLER = "filler"
 
 
@@ -143,6 +145,7 @@ def _run(command: Command, out: int, err: int) -> tuple[int, list[Any]]:
 def _become(command: Command, report: int, out: int, err: int) -> NoReturn:
     from transfercache.cli import main
     from transfercache.extract import loop
+    from transfercache.finetuning import checkpoints
 
     code = 1
     try:
@@ -151,6 +154,7 @@ def _become(command: Command, report: int, out: int, err: int) -> NoReturn:
         os.dup2(err, 2)
         sys.argv = ["tlc", *command.words]
         loop._ROWS_PER_COMMIT = ROWS_PER_COMMIT
+        checkpoints._SECONDS_BETWEEN = 0.0
         _report_calls(report, command)
         main.run()
     except SystemExit as ended:
@@ -208,6 +212,15 @@ def empty_disk(folder: Path) -> None:
     (folder / _FILLER).unlink(missing_ok=True)
 
 
+def _load_smaller(name: str, *, weights: str) -> Any:
+    """The backbone on images of FINETUNED_PIXELS, so that an epoch of fine-tuning is soon over."""
+    from transfercache.commands import extract
+
+    backbone = extract.load_backbone(name, weights=weights)
+    pixels = replace(backbone.preprocessing, resize=FINETUNED_PIXELS, crop=FINETUNED_PIXELS)
+    return replace(backbone, preprocessing=pixels)
+
+
 @contextlib.contextmanager
 def forking(inside: Sequence[str] = ()) -> Iterator[Forks]:
     """A process to fork from, for the block."""
@@ -221,10 +234,11 @@ def forking(inside: Sequence[str] = ()) -> Iterator[Forks]:
 if __name__ == "__main__":
     # What every fork would else import and load for itself.
     from transfercache.cli import main as cli
-    from transfercache.commands import extract
+    from transfercache.commands import extract, finetune
     from transfercache.errors import DataError
 
     extract.find_backbone = functools.cache(extract.find_backbone)
+    finetune.load_backbone = functools.cache(_load_smaller)
     extract.find_backbone(BACKBONE, weights="random")
     with contextlib.suppress(DataError):
         cli.app(["extract-features", "no such data"], prog_name="tlc", standalone_mode=False)

@@ -37,7 +37,7 @@ def _refused(tlc: Run, *words: str | Path, code: int) -> str:
 def _after_the_engine(err: str) -> list[str]:
     """The lines of stderr, without the first where it says what computes."""
     lines = err.splitlines()
-    return lines[1:] if lines[0].startswith("engine ") else lines
+    return lines[1:] if lines[0].startswith(("engine ", "training in ")) else lines
 
 
 # --- data
@@ -174,6 +174,7 @@ def test_unreadable_images__are_left_out_of_fine_tuning(tlc: Run, partly_bad: Pa
     assert Path(document["model"]).is_file()
     assert sum(item["n_train"] for item in document["reported"]["per_class"]) == document["n_train"]
     assert f"next: tlc predict {document['model']} pets\n" in ended.err
+    assert "images cannot be read and are left out" in ended.err.splitlines()[1]  # the first epoch's line
 
 
 def test_no_readable_image(tlc: Run, tmp_path: Path) -> None:
@@ -312,7 +313,7 @@ def test_batch_that_does_not_fit_into_memory(
     def refuse(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    for module in ("backbones.engines", "finetuning.trainer"):
+    for module in ("backbones.engines", "finetuning.loop"):
         monkeypatch.setattr(f"transfercache.{module}.normalise", refuse)
     found = _refused(tlc, *words, made / "pets", "--weights=random", "--device=cpu", code=6)
     assert found == f"tlc: cpu: {line}"
@@ -504,7 +505,9 @@ def test_train_head__words_that_are_off(tlc: Run, made: Path, words: tuple[str, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--select=half",), "--select 'half' must be none, or a share of the training rows such as 0.2"),
+        (("--select=half",), "--select 'half' must be none, or a number between 0 and 1"),
+        (("--ema=much",), "--ema 'much' must be none, or a number between 0 and 1"),
+        (("--patience=3",), "--patience 3: needs rows to judge by; pass --select as well"),
         (("--unfreeze=layer9",), ""),
         (("--lr-head=-1",), ""),
         (("--select=2",), ""),

@@ -1,4 +1,4 @@
-"""Real processes, ended in the middle of an extraction; then the same command again."""
+"""Real processes, ended in the middle of an extraction or of fine-tuning; then the same command again."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.commands.extract import extract_features
 from transfercache.errors import CacheError
+from transfercache.models.head_file import load_model
 
 N_IMAGES = 16
 DEADLINE_SECONDS = 120
@@ -127,3 +128,61 @@ def test_second_writer__is_told_that_another_is_at_work(
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "line"),
+    [
+        (signal.SIGKILL, -signal.SIGKILL, None),
+        (
+            signal.SIGTERM,
+            143,
+            "tlc: told to end (SIGTERM); its checkpoints are kept, and the same command with --resume goes on from the "
+            "last one",
+        ),
+    ],
+    ids=["SIGKILL", "SIGTERM"],
+)
+def test_finetune__ended_in_the_middle__goes_on_to_the_same_model(
+    start: Start,
+    draw_photos: Callable[..., Path],
+    tmp_path: Path,
+    tlc: Callable[..., Any],
+    sent: signal.Signals,
+    code: int,
+    line: str | None,
+) -> None:
+    photos = draw_photos(tmp_path / "pets", 6)
+    words = ["finetune", str(photos), "--weights=random", "--backbone=mobilenet_v3_small", "--epochs=4", "--json"]
+    folder = tmp_path / "m.safetensors.checkpoints"
+    process = start(*words, "--out=m.safetensors", OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not list(folder.glob("*.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=DEADLINE_SECONDS)
+    assert (process.returncode, out) == (code, "")
+    if line is not None:
+        assert err.splitlines()[-1] == line
+    assert not (tmp_path / "m.safetensors").exists()
+
+    refused = tlc(*words, "--out=m.safetensors")
+    assert refused.code == 2
+    assert "holds the checkpoints of an unfinished run; go on with it by --resume" in refused.err
+    again = start(*words, "--out=m.safetensors", "--resume", OMP_NUM_THREADS="1")
+    whole = start(*words, "--out=whole.safetensors", OMP_NUM_THREADS="1")
+    (resumed, said), (undisturbed, _) = (p.communicate(timeout=DEADLINE_SECONDS) for p in (again, whole))
+    assert (again.returncode, whole.returncode) == (0, 0)
+    assert "going on after " in said
+    assert not folder.exists()
+    found, expected = (load_model(tmp_path / f"{name}.safetensors") for name in ("m", "whole"))
+    assert found.head.weight.tobytes() == expected.head.weight.tobytes()
+    assert found.canary_logits.tobytes() == expected.canary_logits.tobytes()
+    for name, tensor in expected.backbone_tensors.items():
+        assert found.backbone_tensors[name].tobytes() == tensor.tobytes(), name
+    assert found.reported == expected.reported
+    losses = [[epoch["train_loss"] for epoch in json.loads(text)["epochs"]] for text in (resumed, undisturbed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4

@@ -120,6 +120,7 @@ def test_unexpected_error__has_its_code_and_line(
 
 
 KEPT = "; what was computed is kept, and the same command goes on from there"
+CHECKPOINTS_KEPT = "; its checkpoints are kept, and the same command with --resume goes on from the last one"
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ KEPT = "; what was computed is kept, and the same command goes on from there"
         ("extract", "extract_features", ("extract-features", "x"), KEPT),
         ("compare", "compare", ("compare", "x"), KEPT),
         ("demo", "demo", ("demo",), KEPT),
-        ("finetune", "finetune", ("finetune", "x"), "; nothing of an unfinished fine-tuning is kept"),
+        ("finetune", "finetune", ("finetune", "x"), CHECKPOINTS_KEPT),
         ("predict", "predict", ("predict", "x", "y"), ""),
     ],
 )
@@ -248,3 +249,13 @@ def test_train_head__of_a_cache__imports_no_torch(made: Path, tmp_path: Path) ->
     assert {"numpy", "h5py", "transfercache"} <= modules
     assert {"torch", "torchvision", "timm", "PIL"} & modules == set()
     assert json.loads(done.stdout)["solver"] == "logistic"
+
+
+def test_finetune__describes_a_backbone_without_data(tlc: Run) -> None:
+    ended = tlc("finetune", "--describe", "resnet18", "--unfreeze=layer4", "--json")
+    assert ended.code == 0
+    document = json.loads(ended.out)
+    assert [stage["name"] for stage in document["stages"]] == ["layer1", "layer2", "layer3", "layer4"]
+    assert [group["name"] for group in document["groups"]] == ["layer4", "head"]
+    missing = tlc("finetune")
+    assert (missing.code, missing.err) == (2, "tlc: finetune: DATA is missing; only --describe BACKBONE does without\n")

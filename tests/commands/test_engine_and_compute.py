@@ -88,7 +88,7 @@ def test_predict__of_a_bf16_model__computes_in_bf16(
     )
     # Elsewhere it is refused, rather than computed otherwise; what a cache holds can still be read.
     monkeypatch.setattr(available, "processor_flags", set)
-    with pytest.raises(ResourceError, match=r"^--compute bf16: .* has no bfloat16 units"):
+    with pytest.raises(ResourceError, match=r"head.*: computes in bf16 \(--compute bf16: .* has no bfloat16 units"):
         predict(head, [pets], device="cpu", cache_dir=tmp_path / "none")
     assert predict(head, half.cache).images == kept
 

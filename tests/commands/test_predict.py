@@ -5,7 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ import numpy as np
 import pytest
 
 from transfercache.backbones.engines import EagerEngine
+from transfercache.cache.reader import open_cache
 from transfercache.commands.extract import Extraction, extract_features
 from transfercache.commands.finetune import FinetuneOutcome, finetune
+from transfercache.commands.head_result import HeadResult
 from transfercache.commands.inputs import finish_manifest
 from transfercache.commands.predict import load, predict
+from transfercache.commands.predictions import Prediction
 from transfercache.commands.train import train_head
-from transfercache.errors import CacheError, ModelError, ResourceError, WeightsError
+from transfercache.errors import CacheError, ModelError, ResourceError, UsageError, WeightsError
+from transfercache.images.decode import decode_image
 from transfercache.images.sources import read_source
+from transfercache.images.transforms import eval_pixels
+from transfercache.metrics import softmax
+from transfercache.models.head_file import load_model, save_model
 from transfercache.splits import Split
 from transfercache.stopwatch import Stopwatch
 
@@ -156,11 +164,11 @@ def test_out__of_a_run_that_fails__stays_what_it_was(
     model = load(head)
     rows = model._cache_rows
 
-    def interrupted(folder: Path) -> object:
-        yield next(rows(folder))
+    def interrupted(folder: Path, n_views: int) -> object:
+        yield next(rows(folder, n_views=n_views))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(model), "_cache_rows", lambda _, folder: interrupted(folder))
+    monkeypatch.setattr(type(model), "_cache_rows", lambda _, folder, n_views: interrupted(folder, n_views))
     with pytest.raises(KeyboardInterrupt):
         model.predict(unlabelled.cache, out=out)
     assert [path.read_text() for path in out.parent.iterdir()] == ["precious"]
@@ -274,3 +282,118 @@ def test_predict__rows_of_other_versions__are_computed_where_they_do_not_agree(
     assert message.startswith(
         f"computed instead of taken from there: {extraction.cache}: made by engine {extraction.engine}, "
     )
+
+
+@pytest.fixture(scope="session")
+def mirrored(pets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HeadResult]:
+    """The cache of `pets` in two views, and what train-head --tta said of its head; never to be changed."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    extraction = extract_features(
+        pets, backbone="mobilenet_v3_small", weights="random", views=2, engine="eager", cache_dir=folder / "cache"
+    )
+    return extraction.cache, train_head(extraction, C=1.0, tta=True, calibrate=True, out=folder / "head.safetensors")
+
+
+def _probabilities(images: Sequence[Prediction], class_names: Sequence[str]) -> np.ndarray:
+    return np.array([[dict(image.top)[name] for name in class_names] for image in images])
+
+
+def test_tta__of_a_cache__is_what_train_head_reported(mirrored: tuple[Path, HeadResult], pets: Path) -> None:
+    cache, trained = mirrored
+    assert trained.head is not None
+    assert trained.reported is not None
+    result = predict(trained.head, cache, tta=True)
+    head, table = load(trained.head).model.head, open_cache(cache).table()
+    by_view = head.probabilities(table.features).reshape(16, 2, 2)
+    found = _probabilities(result.images, head.class_names)
+    np.testing.assert_allclose(found, by_view.mean(axis=1), atol=1e-7)
+    plain = predict(trained.head, cache)
+    np.testing.assert_allclose(_probabilities(plain.images, head.class_names), by_view[:, 0], atol=1e-7)
+    assert np.abs(by_view[:, 0] - by_view.mean(axis=1)).max() > 1e-5
+    # The figures of train-head --tta, from these predictions.
+    split = _split_of(pets)
+    rows = [i for i, image in enumerate(result.images) if split[image.path] == trained.reported.split]
+    truth = [head.class_names.index(result.images[i].path.split("/")[0]) for i in rows]
+    assert len(rows) == trained.reported.n
+    assert -np.mean(np.log(found[rows, truth])) == pytest.approx(trained.reported.log_loss, rel=1e-6)
+    assert result.next_command[-3:] == ("--tta", "--out", "predictions.csv")
+
+
+def test_tta__of_files__equals_that_of_their_cache(
+    mirrored: tuple[Path, HeadResult], pets: Path, tmp_path: Path
+) -> None:
+    cache, trained = mirrored
+    assert trained.head is not None
+    names = load(trained.head).class_names
+    expected = _probabilities(predict(trained.head, cache, tta=True).images, names)
+    # Batches of 5 views part some images from their mirror images.
+    fresh = predict(trained.head, [pets], tta=True, engine="eager", batch_size=5, cache_dir=tmp_path / "none")
+    np.testing.assert_allclose(_probabilities(fresh.images, names), expected, atol=1e-6)
+
+
+def test_tta__computes_only_the_views_that_no_cache_holds(
+    mirrored: tuple[Path, HeadResult], pets: Path, tmp_path: Path
+) -> None:
+    cache, trained = mirrored
+    assert trained.head is not None
+    extract_features(
+        pets, backbone="mobilenet_v3_small", weights="random", engine="eager", cache_dir=tmp_path / "one-view"
+    )
+    computed = {}
+    for cache_dir in (cache.parent, tmp_path / "one-view", tmp_path / "none"):
+        model = load(trained.head, engine="eager")
+        engine, seen = model.engine, []
+        embed = engine.embed
+        engine.embed = lambda pixels, seen=seen, embed=embed: seen.append(len(pixels)) or embed(pixels)
+        result = model.predict([pets], tta=True, cache_dir=cache_dir, batch_size=8)
+        computed[cache_dir.name] = (sum(seen), [image.label for image in result.images])
+    labels = [image.label for image in predict(trained.head, cache, tta=True).images]
+    assert computed == {
+        cache.parent.name: (0, labels),
+        "one-view": (16, labels),
+        "none": (32, labels),
+    }
+
+
+def test_tta__of_a_fine_tuned_model__is_the_mean_of_the_image_and_its_mirror_image(pets: Path, tmp_path: Path) -> None:
+    # A ResNet: a random network of the smaller kind gives one embedding to all images.
+    path = finetune(pets, weights="random", epochs=1, batch_size=12, out=tmp_path / "model.safetensors").model
+    model = load(path, engine="eager")
+    head, photo = model.model.head, pets / "dog" / "1.png"
+    pixels = eval_pixels(decode_image(photo.read_bytes(), photo.name), head.spec.preprocessing)
+    both = head.probabilities(model.engine.embed(np.stack([pixels, pixels[:, ::-1]])))
+    assert np.abs(both[0] - both[1]).max() > 1e-4
+    (image,) = model.predict(photo, tta=True).images
+    np.testing.assert_allclose(_probabilities([image], head.class_names)[0], both.mean(axis=0), atol=1e-6)
+
+
+def test_tta__of_a_cache_with_one_view__says_what_to_do(head: Path, unlabelled: Extraction) -> None:
+    with pytest.raises(UsageError, match=r"--tta: .* has one view an image; run its extract-features with --views 2, "):
+        predict(head, unlabelled.cache, tta=True)
+
+
+def test_tta__of_unreadable_images__names_each_once(
+    head: Path, draw_photos: Callable[..., Path], tmp_path: Path
+) -> None:
+    data = draw_photos(tmp_path / "data", ["a.png", "c.png", "d.png"])
+    (data / "b.png").write_text("text")
+    result = predict(head, data, tta=True, batch_size=3, cache_dir=tmp_path / "none")
+    assert [(image.path, image.reason) for image in result.images] == [
+        ("a.png", None),
+        ("b.png", "not an image (it starts like text)"),
+        ("c.png", None),
+        ("d.png", None),
+    ]
+
+
+def test_predict__of_a_calibrated_head__divides_by_its_temperature(
+    mirrored: tuple[Path, HeadResult], tmp_path: Path
+) -> None:
+    cache, trained = mirrored
+    assert trained.head is not None
+    model = load_model(trained.head)
+    save_model(replace(model, head=replace(model.head, temperature=7.5)), tmp_path / "soft.safetensors")
+    found = _probabilities(predict(tmp_path / "soft.safetensors", cache).images, model.head.class_names)
+    features = open_cache(cache).table().features[::2]
+    np.testing.assert_allclose(found, softmax(model.head.logits(features) / 7.5), atol=1e-7)
+    assert np.abs(found - softmax(model.head.logits(features))).max() > 0.01

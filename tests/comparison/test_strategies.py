@@ -17,6 +17,7 @@ from transfercache.config import KNN_NEIGHBOURS
 from transfercache.errors import DataError, UsageError
 from transfercache.finetuning.loop import finetune
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.finetuning.precision import training_compute
 from transfercache.heads.fit import fit_head
 from transfercache.heads.knn import knn_probabilities
 from transfercache.images.decode import load_image
@@ -25,7 +26,7 @@ from transfercache.images.manifest import Manifest
 from .conftest import RECORD, MakeSetting, read, spec_of, write_photos
 
 HEADS = ["logistic", "ridge", "linear"]
-NAMES = ["knn", *HEADS, "pixels-knn", "tutorial-frozen", "finetune", "scratch", "tutorial-finetune"]
+NAMES = ["knn", *HEADS, "pixels-knn", "tutorial-frozen", "finetune", "lp-ft", "scratch", "tutorial-finetune"]
 
 
 def strategy(name: str) -> Strategy:
@@ -123,6 +124,35 @@ def test_finetune__equals_the_command_with_its_defaults(setting: Setting, backbo
     assert [sorted(epoch) for epoch in result.chosen["by_epoch"]] == [["seconds", "train_accuracy", "train_loss"]]
 
 
+def test_lp_ft__fine_tunes_from_the_logistic_head_and_pays_for_both(setting: Setting, backbone: Backbone) -> None:
+    train, _ = setting.rows.divide(setting.embeddings().table())
+    expected = finetune(
+        setting.rows.manifest,
+        backbone,
+        options=FinetuneOptions(epochs=1, seed=2),
+        spec=spec_of(backbone),
+        device=torch.device("cpu"),
+        start=fit_head(train, solver="logistic", seed=2),
+    )
+    result = run_strategy(strategy("lp-ft"), setting, seed=2)
+    np.testing.assert_array_equal(result.probabilities, expected.probabilities)
+    assert result.chosen["start"] == "logistic"
+    assert result.backbone_passes == 14 + 14  # the extraction's, then one epoch and the evaluation
+    assert list(result.seconds.stages) == ["extract", "load", "fit", "decode", "step", "evaluate"]
+    assert result.seconds.first == pytest.approx(12.0 + result.seconds.again)
+    assert result.seconds.again > result.seconds.stages["fit"] + result.seconds.stages["step"]
+    assert result.extraction == RECORD
+
+
+def test_lp_ft__a_class_without_training_images(make_setting: MakeSetting, manifest: Manifest) -> None:
+    labels = manifest.labels.copy()
+    labels[-1] = 2
+    setting = make_setting(replace(manifest, labels=labels, class_names=("blue", "red", "sky")))
+    result = run_strategy(strategy("lp-ft"), setting, seed=0)
+    assert result.probabilities.shape == (6, 3)
+    assert np.isfinite(result.probabilities).all()
+
+
 def test_scratch__random_weights_and_batch_norm_in_train_mode(make_setting: MakeSetting, manifest: Manifest) -> None:
     asked: list[str] = []
 
@@ -183,6 +213,7 @@ def test_work__images_that_pass_the_network(setting: Setting, monkeypatch: pytes
     assert {name: (item.trained, item.forward) for name, item in work.items()} == {
         "tutorial-frozen": (0, 5 * 14),
         "finetune": (4 * 8, 6),
+        "lp-ft": (4 * 8, 6),
         "scratch": (4 * 8, 6),
         "tutorial-finetune": (5 * 8, 5 * 6),
     }
@@ -190,7 +221,9 @@ def test_work__images_that_pass_the_network(setting: Setting, monkeypatch: pytes
 
 def test_work__is_timed_as_the_loop_runs(setting: Setting) -> None:
     loops = {item.name: item.work(replace(setting, workers=3)).loop for item in STRATEGIES if item.work is not None}
-    assert loops["finetune"] == loops["scratch"] == Loop(32, torch.channels_last, 3)
+    compute = training_compute("auto", torch.device("cpu"))
+    expected = Loop(32, torch.channels_last, 3, compute)
+    assert loops["finetune"] == loops["lp-ft"] == loops["scratch"] == expected
     assert loops["tutorial-frozen"] == loops["tutorial-finetune"]
     assert loops["tutorial-finetune"].batch_size == 4
     assert loops["tutorial-finetune"].memory_format is torch.contiguous_format

@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,12 @@ from transfercache.stopwatch import Stopwatch
 from .conftest import PIXELS, MakePhotos, read
 
 
-def _reader(folder: Path, **options: int) -> ImageReader:
+def _reader(folder: Path, **options: Any) -> ImageReader:
     return ImageReader(read(folder), PIXELS, FinetuneOptions(**options), Stopwatch())
 
 
 def _pixels(batches: list[Batch]) -> dict[int, bytes]:
-    return {row: image.tobytes() for batch in batches for row, image in zip(batch.rows, batch.pixels, strict=True)}
+    return {row: image.tobytes() for batch in batches for row, image in zip(batch.rows, batch.inputs, strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +35,7 @@ def test_group_images__one_left_over_joins_the_batch_before(n_images: int, batch
     assert [len(batch.rows) for batch in batches] == sizes
     rows = [row for batch in batches for row in batch.rows.tolist()]
     assert rows == list(range(n_images))
-    assert [int(image[0, 0, 0]) for batch in batches for image in batch.pixels] == rows
+    assert [int(image[0, 0, 0]) for batch in batches for image in batch.inputs] == rows
 
 
 def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_photos: MakePhotos) -> None:
@@ -45,6 +46,9 @@ def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_
         for name, options, epoch in [
             ("one thread", {"workers": 1}, 1),
             ("four threads", {"workers": 4}, 1),
+            ("trivial", {"workers": 1, "augment": "trivial"}, 1),
+            ("trivial, four threads", {"workers": 4, "augment": "trivial"}, 1),
+            ("wide crops", {"workers": 1, "crop_area": 0.9}, 1),
             ("next epoch", {}, 2),
             ("other seed", {"seed": 1}, 1),
         ]
@@ -55,6 +59,8 @@ def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_
     assert len({tuple(order) for order in orders.values()}) == 3
     pixels = {name: _pixels(run) for name, run in runs.items()}
     assert pixels["one thread"] == pixels["four threads"]
+    assert pixels["wide crops"] != pixels["one thread"]
+    assert pixels["trivial"] == pixels["trivial, four threads"] != pixels["one thread"]
     assert all(pixels["one thread"][row] != pixels["next epoch"][row] for row in rows.tolist())
     assert all(pixels["one thread"][row] != pixels["other seed"][row] for row in rows.tolist())
 
@@ -64,7 +70,7 @@ def test_eval_batches__are_the_eval_transform_in_order(make_photos: MakePhotos) 
     rows = np.array([4, 1, 0])
     (batch,) = reader.eval_batches(rows)
     assert batch.rows.tolist() == [4, 1, 0]
-    for row, pixels in zip(rows.tolist(), batch.pixels, strict=True):
+    for row, pixels in zip(rows.tolist(), batch.inputs, strict=True):
         expected = eval_pixels(load_image(reader.manifest.path_of(row), ""), PIXELS)
         np.testing.assert_array_equal(pixels, expected)
 
@@ -93,3 +99,18 @@ def test_training_batches__closed_early_leaves_no_thread(make_photos: MakePhotos
     assert any(thread.name.startswith("decode") for thread in threading.enumerate())
     batches.close()
     assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("n_done", [1, 2])
+def test_training_batches__after_a_row_are_the_rest_of_the_epoch_and_no_other_is_read(
+    make_photos: MakePhotos, n_done: int
+) -> None:
+    reader, rows = _reader(make_photos(train=7), batch_size=4), np.arange(14)
+    whole = list(reader.training_batches(rows, 2))
+    done = [row for batch in whole[:n_done] for row in batch.rows.tolist()]
+    for row in done:
+        reader.manifest.path_of(row).unlink()
+    rest = list(reader.training_batches(rows, 2, after=done[-1]))
+    assert [batch.rows.tolist() for batch in rest] == [batch.rows.tolist() for batch in whole[n_done:]]
+    assert _pixels(rest) == _pixels(whole[n_done:])
+    assert reader.bad == {}

@@ -19,17 +19,33 @@ from transfercache.finetuning.options import FinetuneOptions
 RESNET18_LAYER4 = 8_393_728  # parameters, by hand from the architecture: 3 x 3 and 1 x 1 kernels, norms
 
 
+RESNET18_STAGES = {"layer1": 157_504, "layer2": 525_568, "layer3": 2_099_712, "layer4": RESNET18_LAYER4}
+
+
 def test_describe_groups__all(resnet18: Backbone) -> None:
     assert describe_groups(resnet18, FinetuneOptions(batch_size=4), n_classes=2) == (
-        ParameterGroup("backbone", ("layer1", "layer2", "layer3", "layer4"), 1e-4, 11_176_512),
-        ParameterGroup("head", ("head",), 1e-3, 513 * 2),
+        *(ParameterGroup(name, (name,), 1e-4, 0.0, n) for name, n in RESNET18_STAGES.items()),
+        ParameterGroup("head", ("head",), 1e-3, 0.0, 513 * 2),
     )
+
+
+def test_describe_groups__a_lower_rate_for_each_stage_towards_the_stem(resnet18: Backbone) -> None:
+    options = FinetuneOptions(unfreeze="layer2, layer3", lr_decay=0.5, lr_backbone=0.8, optimizer="adamw")
+    groups = describe_groups(resnet18, options, n_classes=3)
+    # From the network's last stage on, whether that trains or not.
+    assert [(group.name, group.lr) for group in groups] == [
+        ("layer2", pytest.approx(0.2)),
+        ("layer3", pytest.approx(0.4)),
+        ("head", 4e-3),
+    ]
+    assert {group.weight_decay for group in groups} == {0.01}
 
 
 def test_describe_groups__named_stages_in_the_networks_order(resnet18: Backbone) -> None:
     groups = describe_groups(resnet18, FinetuneOptions(unfreeze="layer4, layer3"), n_classes=3)
     assert [(group.name, group.stages) for group in groups] == [
-        ("backbone", ("layer3", "layer4")),
+        ("layer3", ("layer3",)),
+        ("layer4", ("layer4",)),
         ("head", ("head",)),
     ]
     (alone, _) = describe_groups(resnet18, FinetuneOptions(unfreeze="layer4"), n_classes=3)
@@ -37,8 +53,8 @@ def test_describe_groups__named_stages_in_the_networks_order(resnet18: Backbone)
 
 
 def test_describe_groups__none_leaves_the_head(resnet18: Backbone) -> None:
-    (head,) = describe_groups(resnet18, FinetuneOptions(unfreeze="none", lr_head=0.5), n_classes=2)
-    assert head == ParameterGroup("head", ("head",), 0.5, 1026)
+    options = FinetuneOptions(unfreeze="none", lr_head=0.5, weight_decay=0.1)
+    assert describe_groups(resnet18, options, n_classes=2) == (ParameterGroup("head", ("head",), 0.5, 0.1, 1026),)
 
 
 @pytest.mark.parametrize("unfreeze", ["layer5", "layer4,layer5", "Layer4"])
@@ -51,13 +67,19 @@ def test_describe_groups__unknown_stage(resnet18: Backbone, unfreeze: str) -> No
 
 
 def test_optimizer_groups__hold_every_unfrozen_parameter_once(resnet18: Backbone) -> None:
-    options = FinetuneOptions(unfreeze="layer4")
+    options = FinetuneOptions(unfreeze="layer4", weight_decay=0.1)
     groups = describe_groups(resnet18, options, n_classes=2)
     network = network_with_head(resnet18, 2, seed=0)
     freeze_stages(network, resnet18, ("layer4",))
     built = optimizer_groups(network, resnet18, groups)
-    assert [sum(parameter.numel() for parameter in group["params"]) for group in built] == [RESNET18_LAYER4, 1026]
-    assert [group.parameters for group in groups] == [RESNET18_LAYER4, 1026]
+    sizes = [(g["name"], g["weight_decay"], sum(p.numel() for p in g["params"])) for g in built]
+    n_norms = 2 * 5 * 512  # weight and bias of five batch norms
+    assert sizes == [
+        ("layer4", 0.1, RESNET18_LAYER4 - n_norms),
+        ("layer4", 0.0, n_norms),
+        ("head", 0.1, 1024),
+        ("head", 0.0, 2),
+    ]
     given = {id(parameter) for group in built for parameter in group["params"]}
     assert given == {id(parameter) for parameter in network.parameters() if parameter.requires_grad}
 

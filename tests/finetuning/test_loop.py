@@ -12,8 +12,9 @@ import torch
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone, network_with_head
+from transfercache.config import CROP_AREA
 from transfercache.errors import DataError, ResourceError, UsageError
-from transfercache.finetuning import trainer
+from transfercache.finetuning import loop
 from transfercache.finetuning.batches import ImageReader
 from transfercache.finetuning.loop import finetune
 from transfercache.finetuning.options import FinetuneOptions
@@ -27,7 +28,7 @@ from transfercache.stopwatch import Stopwatch
 from .conftest import MakePhotos, copied_state, read, spec_of
 
 # High enough that the tiny network learns in a few steps.
-QUICK = {"epochs": 2, "batch_size": 4, "lr_backbone": 0.02, "lr_head": 0.1}
+QUICK = {"epochs": 2, "batch_size": 4, "lr_backbone": 0.02, "lr_head": 0.1, "compute": "fp32"}
 
 
 def _run(
@@ -75,9 +76,12 @@ def test_finetune__result_describes_the_run(make_photos: MakePhotos, two_stages:
     assert (result.chosen_epoch, result.n_train, result.bad) == (2, 10, ())
     assert result.passes == 2 * 10 + 6  # two epochs of training, the reported split once
     assert [record.lr for record in result.epochs] == [
-        pytest.approx({"backbone": 0.02, "head": 0.1}),
-        pytest.approx({"backbone": 0.01, "head": 0.05}),  # half way down the cosine
+        pytest.approx({"stage1": 0.02, "stage2": 0.02, "head": 0.1}),
+        pytest.approx({"stage1": 0.01, "stage2": 0.01, "head": 0.05}),  # half way down the cosine
     ]
+    assert [(record.passes, record.n_bad) for record in result.epochs] == [(10, 0), (20, 0)]
+    # Torch alone takes more than a hundred megabytes.
+    assert all(2**27 < record.peak_memory_bytes < 2**40 for record in result.epochs)
     assert all(0 < record.train_loss < 10 and 0 <= record.train_accuracy <= 1 for record in result.epochs)
     assert all(record.selection_loss is record.selection_accuracy is None for record in result.epochs)
     assert set(result.seconds) == {"decode", "step", "evaluate", "total"}
@@ -86,13 +90,27 @@ def test_finetune__result_describes_the_run(make_photos: MakePhotos, two_stages:
         "epoch": 2,
         "epochs": 2,
         "by": "fixed schedule",
+        "start": "new head",
+        "cached": None,
         "batch_size": 8,
+        "optimizer": "sgd",
+        "lr_decay": 1.0,
         "schedule": "cosine",
+        "warmup": 0.0,
+        "label_smoothing": 0.0,
+        "mixup": 0.0,
+        "augment": "crop",
+        "crop_area": CROP_AREA,
+        "ema": None,
+        "compute": "fp32",
         "batch_norm": "frozen",
+        "select": None,
+        "patience": None,
         "seed": 0,
         "groups": [
-            {"name": "backbone", "stages": ["stage1", "stage2"], "lr": 0.02, "parameters": 1440},
-            {"name": "head", "stages": ["head"], "lr": 0.1, "parameters": 34},
+            {"name": "stage1", "stages": ["stage1"], "lr": 0.02, "weight_decay": 0.0, "parameters": 240},
+            {"name": "stage2", "stages": ["stage2"], "lr": 0.02, "weight_decay": 0.0, "parameters": 1200},
+            {"name": "head", "stages": ["head"], "lr": 0.1, "weight_decay": 0.0, "parameters": 34},
         ],
     }
 
@@ -269,13 +287,13 @@ def test_finetune__reads_the_reported_split_once_at_the_end(
 ) -> None:
     manifest = read(make_photos(train=4, val=2))
     forwards: list[tuple[str, int]] = []
-    normalise_once = trainer.normalise
+    normalise_once = loop.normalise
 
     def noted(pixels: torch.Tensor, preprocessing: Any) -> torch.Tensor:
         forwards.append(("eval" if torch.is_inference_mode_enabled() else "train", len(pixels)))
         return normalise_once(pixels, preprocessing)
 
-    monkeypatch.setattr(trainer, "normalise", noted)
+    monkeypatch.setattr(loop, "normalise", noted)
     _run(manifest, two_stages)
     assert forwards == [("train", 4)] * 4 + [("eval", 4), ("eval", 4)]  # the last four are the canaries
 
@@ -287,7 +305,8 @@ def test_finetune__rates_follow_the_cosine_step_by_step(
     step = torch.optim.SGD.step
 
     def noted(optimizer: torch.optim.SGD) -> None:
-        used.append([group["lr"] for group in optimizer.param_groups])
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        used.append([rates["stage2"], rates["head"]])
         step(optimizer)
 
     monkeypatch.setattr(torch.optim.SGD, "step", noted)
@@ -306,7 +325,7 @@ def test_finetune__one_step_is_plain_sgd(make_photos: MakePhotos, two_stages: Ba
     reader = ImageReader(manifest, two_stages.preprocessing, options, Stopwatch())
     (batch,) = reader.training_batches(np.arange(6), 1)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.25, momentum=0.9)
-    logits = network(normalise(torch.from_numpy(batch.pixels), two_stages.preprocessing))
+    logits = network(normalise(torch.from_numpy(batch.inputs), two_stages.preprocessing))
     loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(manifest.labels[batch.rows]))
     loss.backward()
     optimizer.step()
@@ -319,11 +338,11 @@ def test_finetune__one_step_is_plain_sgd(make_photos: MakePhotos, two_stages: Ba
 def test_finetune__a_batch_that_does_not_fit_into_memory(
     make_photos: MakePhotos, two_stages: Backbone, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
-    def refuse(pixels: torch.Tensor, *_: Any) -> torch.Tensor:
+    def refuse(pixels: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         if phase == "train" or torch.is_inference_mode_enabled():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         return normalise(pixels, two_stages.preprocessing)
 
-    monkeypatch.setattr(trainer, "normalise", refuse)
+    monkeypatch.setattr(loop, "normalise", refuse)
     with pytest.raises(ResourceError, match="cpu: out of memory for a batch of images; give a smaller --batch-size"):
         _run(read(make_photos(train=4, val=2)), two_stages)

@@ -12,3 +12,9 @@ def test_rate_factor__cosine_falls_from_one_to_zero() -> None:
 
 def test_rate_factor__constant() -> None:
     assert {rate_factor("constant", progress) for progress in (0.0, 0.4, 1.0)} == {1.0}
+
+
+@pytest.mark.parametrize(("schedule", "half_way"), [("cosine", 0.5), ("constant", 1.0)])
+def test_rate_factor__warms_up_linearly_first(schedule: str, half_way: float) -> None:
+    factors = [rate_factor(schedule, progress, warmup=0.2) for progress in (0.0, 0.1, 0.2, 0.6)]
+    assert factors == pytest.approx([0.1, 0.55, 1.0, half_way])

@@ -83,6 +83,14 @@ def test_draw_crop__falls_back_to_the_centre(size: tuple[int, int]) -> None:
         assert draw_crop(*size, np.random.default_rng(seed)) == tuple(expected)
 
 
+def test_draw_crop__has_the_least_area_that_is_asked_for() -> None:
+    rng = np.random.default_rng(0)
+    boxes = np.array([draw_crop(300, 300, rng, least_area=0.5) for _ in range(1000)])
+    area = boxes[:, 2] * boxes[:, 3] / 90_000
+    assert 0.49 < area.min() < 0.53  # sides are whole pixels
+    assert 0.95 < area.max() <= 1.0
+
+
 def test_grey_pixels__whole_image_as_grey() -> None:
     pixels = np.zeros((40, 80, 3), dtype=np.uint8)
     pixels[:, 40:] = (255, 255, 255)

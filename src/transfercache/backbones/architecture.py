@@ -31,7 +31,9 @@ class Architecture:
 
     name: str
     preprocessing: Preprocessing
-    build: Callable[[], nn.Module]  # with its own random weights, drawn from torch's global generator
+    #: With its own random weights, drawn from torch's global generator; `num_classes` is the one argument it takes.
+    build: Callable[..., nn.Module]
+    call: str  # the same in plain Python, {} standing for the number of classes
     stages: Callable[[nn.Module], tuple[Stage, ...]]
     default_weights: Callable[[], LoadedWeights]
     #: From a tensor's name in a published file to the network's own; None for a layer that is not built.
@@ -55,7 +57,7 @@ def find_head(network: nn.Module, *, name: str, crop: int) -> Head:
     ran: dict[type[nn.Module], tuple[str, torch.Tensor]] = {}
     last_layer: list[str] = []
     with _traced(network, ran, last_layer):
-        output = _meta_output(network, crop)
+        output = meta_output(network, crop)
     for kind in (nn.Linear, nn.Identity):
         path, produced = ran.get(kind, ("", None))
         if produced is output and output.ndim == 2:
@@ -92,7 +94,8 @@ def _traced(
             handle.remove()
 
 
-def _meta_output(network: nn.Module, crop: int) -> torch.Tensor:
+def meta_output(network: nn.Module, crop: int) -> torch.Tensor:
+    """Return what one image of crop x crop pixels gives, on the meta device: its shape, and no numbers."""
     tensors = {name: tensor.to("meta") for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     image = torch.zeros(1, 3, crop, crop, device="meta")
     with torch.inference_mode():

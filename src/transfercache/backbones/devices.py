@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -67,3 +69,17 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return f"Apple GPU of {platform.machine()}"
     return processor_name()
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on an NVIDIA GPU; that of a process cannot be forgotten."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory taken so far: torch's tensors on an NVIDIA GPU, elsewhere all of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -83,13 +83,15 @@ def _open_network(backbone: FrozenBackbone) -> Any:
     identity = {
         "backbone": backbone.name,
         "weights_digest": digest,
+        "boundary": backbone.boundary,
         "crop": preprocessing.crop,
         "mean": list(preprocessing.mean),
         "std": list(preprocessing.std),
         # Those whose code was traced, or did it.
         "versions": {name: versions[name] for name in ("torch", "torchvision", "timm", OPENVINO) if name in versions},
     }
-    folder = kept_networks() / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', backbone.name)}-{digest[:16]}"
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{backbone.name}-{backbone.boundary}-{digest[:16]}")
+    folder = kept_networks() / name
     if folder.exists():
         if _is_whole(folder, identity):
             return _read(folder)

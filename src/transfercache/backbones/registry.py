@@ -89,6 +89,20 @@ def network_with_head(backbone: Backbone, n_classes: int, *, seed: int) -> nn.Mo
     return network.eval()
 
 
+def plain_network(name: str, n_classes: int) -> nn.Module:
+    """Return the library's own network with `n_classes` outputs and random weights, in eval mode.
+
+    Raises as `load_backbone` does for a name.
+    """
+    with seeded(_RANDOM_SEED):
+        return _architecture(name).build(num_classes=n_classes).eval()
+
+
+def plain_call(name: str, n_classes: int) -> str:
+    """Return the Python that makes `plain_network`'s network without tlc."""
+    return _architecture(name).call.format(n_classes)
+
+
 def _architecture(name: str) -> Architecture:
     if name.startswith(TIMM_PREFIX):
         return timm_architecture(name)

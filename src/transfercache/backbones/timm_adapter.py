@@ -38,6 +38,7 @@ def lite0_architecture() -> Architecture:
         name=LITE0,
         preprocessing=_LITE0_PREPROCESSING,
         build=partial(timm.create_model, _LITE0_IN_TIMM, pretrained=False),
+        call=f"timm.create_model({_LITE0_IN_TIMM!r}, num_classes={{}})",
         stages=lambda network: stages_of(LITE0),
         default_weights=partial(_lite0_weights, timm),
     )
@@ -55,6 +56,7 @@ def timm_architecture(name: str) -> Architecture:
         name=name,
         preprocessing=_preprocessing(name, timm.data.resolve_data_config({}, pretrained_cfg=config)),
         build=partial(timm.create_model, model, pretrained=False),
+        call=f"timm.create_model({model!r}, num_classes={{}})",
         stages=_stages,
         default_weights=partial(_hub_weights, timm, model, config),
     )

@@ -60,14 +60,16 @@ def torchvision_architecture(name: str) -> Architecture:
         name=name,
         preprocessing=preprocessing,
         build=partial(_build, name, options),
+        call=f"torchvision.models.{name}(num_classes={{}}{''.join(f', {key}={options[key]}' for key in options)})",
         stages=lambda network: stages_of(name),
         default_weights=partial(_default_weights, weights),
         own_name=_own_name,
     )
 
 
-def _build(name: str, options: dict[str, Any]) -> nn.Module:
-    network: nn.Module = models.get_model(name, weights=None, **options)
+def _build(name: str, options: dict[str, Any], num_classes: int | None = None) -> nn.Module:
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    network: nn.Module = models.get_model(name, weights=None, **options, **classes)
     return network
 
 

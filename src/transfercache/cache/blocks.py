@@ -16,6 +16,11 @@ Int64Array = npt.NDArray[np.int64]
 BLOCK_ROWS = 4096
 
 
+def rows_within(n_bytes: int, dim: int) -> int:
+    """Return how many float32 rows of width `dim` take `n_bytes`, at least one: rows are of 2 KB, or of hundreds."""
+    return max(n_bytes // (4 * dim), 1)
+
+
 class FeatureBlocks(Protocol):
     """N feature rows; `take` selects without reading, and threads may `read` at the same time."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import asdict, dataclass
@@ -32,6 +33,8 @@ STORAGE_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "float16
 
 # 100,000 class names or 10,000 shards fit; what is larger is no catalogue of ours.
 _MAX_BYTES = 16 << 20
+#: Numbers a row: those of the canaries, written as hex digits, are to leave room in a catalogue.
+MAX_DIM = 450_000
 #: A thousand records of a kilobyte each leave room for the rest.
 MAX_RUNS = 1000
 
@@ -144,6 +147,8 @@ class Catalogue:
             raise ValueError(f"{len(self.provenance)} runs, more than {MAX_RUNS}")
         if self.spec.storage_dtype not in STORAGE_DTYPES:
             raise ValueError(f"storage_dtype {self.spec.storage_dtype!r} is none of {', '.join(STORAGE_DTYPES)}")
+        if math.prod(self.row_shape) != self.dim:
+            raise ValueError(f"rows of {self.spec.boundary} are not {self.dim} wide")
         if any(a.number >= b.number for a, b in pairwise(self.shards)):
             raise ValueError("the shards' numbers do not increase")
         for shard in self.shards:
@@ -154,6 +159,11 @@ class Catalogue:
     def dim(self) -> int:
         """The width D of a feature row."""
         return int(self.canaries.shape[1])
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """What a row holds: (D,), or the shape of its activations, of D numbers in all."""
+        return self.spec.row_shape or (self.dim,)
 
     def to_bytes(self) -> bytes:
         """Return the file: a first line with the checksum, then the JSON that it covers."""

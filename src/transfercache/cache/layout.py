@@ -28,12 +28,13 @@ def create_shard(
     *,
     digests: npt.NDArray[np.uint8],
     views: npt.NDArray[np.uint8],
-    dim: int,
+    row_shape: tuple[int, ...],
     dtype: str,
     batch_size: int,
 ) -> ShardEntry:
     """Lay out a shard for the planned rows (digests [n, 32], views [n]) with no row written; return where it lies.
 
+    Where `row_shape` is not (D,), HDF5 shows the features as [n, *row_shape]; their bytes are those of [n, D].
     The file appears under its name only when its space is allocated and its plan is on the disk. Raises
     ResourceError, and leaves nothing behind, where the disk is full.
     """
@@ -43,12 +44,12 @@ def create_shard(
         raise ValueError(f"a plan of digests {digests.shape} and views {views.shape}")
     with resource_errors(path):
         try:
-            needed = n_rows * (dim * STORAGE_DTYPES[dtype].itemsize + 41) + _HEADER_BYTES
+            needed = shard_bytes(n_rows, dim=math.prod(row_shape), dtype=dtype)
             # Asked first because HDF5 does not fail cleanly on a full disk.
             if shutil.disk_usage(path.parent).free < needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            places = lay_out(temporary, n_rows=n_rows, dim=dim, dtype=dtype)
-            entry = ShardEntry(path.name, n_rows, dim, dtype, batch_size, places[0], places[1], places[2], places[3])
+            places = lay_out(temporary, n_rows=n_rows, row_shape=row_shape, dtype=dtype)
+            entry = ShardEntry(path.name, n_rows, math.prod(row_shape), dtype, batch_size, *places)
             with opened_plain(temporary, os.O_RDWR) as descriptor:
                 _allocate(descriptor)
                 write_all(descriptor, np.ascontiguousarray(digests), entry.digests.offset)
@@ -61,10 +62,17 @@ def create_shard(
     return entry
 
 
-def lay_out(path: Path, *, n_rows: int, dim: int, dtype: str) -> list[Extent]:
+def shard_bytes(n_rows: int, *, dim: int, dtype: str) -> int:
+    """Return what a shard of so many rows takes at most: features, digests, views, checksums, and HDF5's metadata."""
+    return n_rows * (dim * STORAGE_DTYPES[dtype].itemsize + 32 + 1 + 8) + _HEADER_BYTES
+
+
+def lay_out(
+    path: Path, *, n_rows: int, row_shape: tuple[int, ...], dtype: str
+) -> tuple[Extent, Extent, Extent, Extent]:
     """Create the HDF5 file with its four empty datasets; return their extents in the order of the catalogue."""
     shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
-        "features": (STORAGE_DTYPES[dtype], (n_rows, dim)),
+        "features": (STORAGE_DTYPES[dtype], (n_rows, *row_shape)),
         "digests": (np.dtype("u1"), (n_rows, 32)),
         "views": (np.dtype("u1"), (n_rows,)),
         "checksums": (np.dtype("<u8"), (n_rows,)),
@@ -83,7 +91,8 @@ def lay_out(path: Path, *, n_rows: int, dim: int, dtype: str) -> list[Extent]:
             space, type_id = h5py.h5s.create_simple(shape), h5py.h5t.py_create(kind)
             dataset = h5py.h5d.create(file.id, name.encode(), type_id, space, dcpl=properties)
             extents.append(Extent(dataset.get_offset(), kind.itemsize * math.prod(shape)))
-    return extents
+    features, digests, views, checksums = extents
+    return features, digests, views, checksums
 
 
 def _allocate(descriptor: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import mmap
 import os
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.cache.blocks import rows_within
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
 from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, check_stored, opened_plain, write_all
 from transfercache.errors import CacheError, ResourceError
@@ -27,7 +29,7 @@ _DIGEST_BYTES = 1 << 20
 # Far more than HDF5 writes behind the rows; a file that goes on is none that was finished, perhaps terabytes of hole.
 _METADATA_BYTES = 1 << 20
 # Rows proved at a time: their copy stays in the processor's cache.
-_BLOCK_ROWS = 512
+_BLOCK_BYTES = 1 << 20
 # Slot (two words), view (one) and content digest (eight) come before the features in the checksum.
 _HEAD_WORDS = 11
 
@@ -60,6 +62,7 @@ def as_stored(features: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]
         return np.ascontiguousarray(features, STORAGE_DTYPES[dtype])
 
 
+@functools.lru_cache(maxsize=2)  # a block of a few wide rows takes less time than their keys
 def _keys(n_words: int) -> UInt64Array:
     """The first outputs of SplitMix64 seeded with 0 (Steele, Lea and Flood, 2014), made odd; uint64 [n_words]."""
     z = np.arange(1, n_words + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -99,6 +102,7 @@ class ShardReader:
         self.digests = array(entry.digests, "u1").reshape(entry.n_rows, 32)  # uint8 [n, 32]
         self.views = array(entry.views, "u1")  # uint8 [n]
         self.checksums = array(entry.checksums, "<u8")  # uint64 [n]
+        self._rows_at_once = rows_within(_BLOCK_BYTES, entry.dim)
         self._proved = np.zeros(entry.n_rows, dtype=bool)
         self.is_finite = np.zeros(entry.n_rows, dtype=bool)  # bool [n], of the rows that `take` has returned
 
@@ -109,8 +113,9 @@ class ShardReader:
     def valid(self) -> BoolArray:
         """Return which slots hold a row that its checksum proves, bool [n]; reads every written row."""
         valid = self.written()
-        for start in range(0, len(valid), _BLOCK_ROWS):
-            slots = start + np.flatnonzero(valid[start : start + _BLOCK_ROWS])
+        n_rows = self._rows_at_once
+        for start in range(0, len(valid), n_rows):
+            slots = start + np.flatnonzero(valid[start : start + n_rows])
             valid[slots] = self._agrees(slots, self.features[slots])
         return valid
 
@@ -122,8 +127,9 @@ class ShardReader:
         if len(slots) and not 0 <= slots.min() <= slots.max() < len(self.features):
             raise IndexError(f"slots must lie between 0 and {len(self.features) - 1}")
         taken = np.empty((len(slots), self.features.shape[1]), np.float32)
-        for start in range(0, len(slots), _BLOCK_ROWS):
-            block, out = slots[start : start + _BLOCK_ROWS], taken[start : start + _BLOCK_ROWS]
+        n_rows = self._rows_at_once
+        for start in range(0, len(slots), n_rows):
+            block, out = slots[start : start + n_rows], taken[start : start + n_rows]
             rows = self._copy(block, out)
             if not self._proved[block].all():
                 agrees = self._agrees(block, rows)

@@ -68,6 +68,12 @@ class Slots:
         return features
 
 
+def planned_keys(folder: Path, shards: Sequence[ShardEntry]) -> set[RowKey]:
+    """Return the keys of all slots, computed or not: their space is taken. No feature is read."""
+    readers = [ShardReader(folder / entry.file, entry) for entry in shards]
+    return {key for reader in readers for key in row_keys(reader.digests, reader.views)}
+
+
 def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: bool = False) -> Slots:
     """Read the plans of all shards, and scan the checksums of the unfinished ones.
 

@@ -181,7 +181,7 @@ class Store:
             path,
             digests=digests,
             views=views,
-            dim=catalogue.dim,
+            row_shape=catalogue.row_shape,
             dtype=catalogue.spec.storage_dtype,
             batch_size=batch_size,
         )

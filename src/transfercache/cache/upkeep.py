@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.catalogue import FILE_NAME, ShardEntry
+from transfercache.cache.blocks import rows_within
+from transfercache.cache.catalogue import FILE_NAME, Catalogue, ShardEntry
 from transfercache.cache.contents import Contents, begins, has_tag, measure_files, read_contents
 from transfercache.cache.layout import lay_out
 from transfercache.cache.plain_file import MEND
@@ -29,8 +30,8 @@ _FOLDER_NAME = re.compile(r".+-[0-9a-f]{8}(-\d+)?")
 # Removed after all others and in this order: while its catalogue or its tag is there, a folder is known as tlc's, and
 # without its rows no reader takes it for valid.
 _LAST = (FILE_NAME, ".gitignore", "CACHEDIR.TAG", LOCK)
-# Rows copied at a time: a few megabytes.
-_BLOCK_ROWS = 1024
+# Rows copied at a time.
+_BLOCK_BYTES = 2 << 20
 _DAY_SECONDS = 86_400
 
 
@@ -124,19 +125,22 @@ def _worthwhile_moves(contents: Contents) -> Iterator[tuple[list[ShardEntry], in
 
     Those of one grid share a file, because a shard says which grid its rows were computed on.
     """
+    catalogue = contents.catalogue
+    if catalogue is None:
+        return
     for batch_size in sorted({entry.batch_size for entry in contents.partial}):
         shards = [entry for entry in contents.partial if entry.batch_size == batch_size]
         n_rows = sum(map(contents.n_used, shards))
-        gain = contents.size_of(entry.file for entry in shards) - _shard_bytes(n_rows, shards[0])
+        gain = contents.size_of(entry.file for entry in shards) - _shard_bytes(n_rows, catalogue)
         if gain > 0:
             yield shards, gain
 
 
-def _shard_bytes(n_rows: int, like: ShardEntry) -> int:
+def _shard_bytes(n_rows: int, catalogue: Catalogue) -> int:
     """Return the size of a shard of `n_rows`: HDF5's own part of it depends on them, so it is asked."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / like.file
-        lay_out(path, n_rows=n_rows, dim=like.dim, dtype=like.dtype)  # a sparse file, which takes no space
+        path = Path(folder) / "shard.h5"  # a sparse file, which takes no space
+        lay_out(path, n_rows=n_rows, row_shape=catalogue.row_shape, dtype=catalogue.spec.storage_dtype)
         return path.stat().st_size
 
 
@@ -164,8 +168,9 @@ def _copied(store: Store, rows: Rows, shards: list[ShardEntry]) -> Rows:
             old, own = ShardReader(store.folder / entry.file, entry), np.flatnonzero(places[:, 0] == entry.number)
             if old.differs(places[own, 1], digests[own], views[own]).any():
                 raise CacheError(f"{old.path}: does not hold the features of its rows; {MEND}")
-            for start in range(0, len(own), _BLOCK_ROWS):
-                block = own[start : start + _BLOCK_ROWS]
+            n_rows = rows_within(_BLOCK_BYTES, entry.dim)
+            for start in range(0, len(own), n_rows):
+                block = own[start : start + n_rows]
                 writer.write(block, old.take(places[block, 1]))
     store.finish_shard(number)
     shard, slot = rows.shard.copy(), rows.slot.copy()

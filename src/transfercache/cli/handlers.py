@@ -9,15 +9,25 @@ import typer
 
 from transfercache import config
 from transfercache.cli import options
-from transfercache.cli.output import finish, show_epoch, show_line
+from transfercache.cli.finetune_handler import finetune
+from transfercache.cli.output import finish, show_line
 
 
 def extract_features(
     data: options.Data,
     backbone: options.Backbone = config.BACKBONE,
     weights: options.Weights = config.WEIGHTS,
+    boundary: Annotated[
+        str,
+        typer.Option(
+            metavar="pooled|STAGE",
+            help="Where features are taken; at a stage's end, for finetune --cached.",
+            rich_help_panel="Backbone",
+        ),
+    ] = config.BOUNDARY,
     views: options.Views = None,
     storage_dtype: options.StorageDtype = config.STORAGE_DTYPE,
+    max_bytes: options.MaxBytes = None,
     compute: options.Compute = config.COMPUTE,
     decode: options.Decode = config.DECODE,
     device: options.Device = config.DEVICE,
@@ -55,8 +65,10 @@ def extract_features(
         data,
         backbone=backbone,
         weights=weights,
+        boundary=boundary,
         views=views,
         storage_dtype=storage_dtype,
+        max_bytes=max_bytes,
         compute=compute,
         decode=decode,
         device=device,
@@ -165,72 +177,13 @@ def train_head(
     return finish(result, as_json=json)
 
 
-def finetune(
-    data: options.Data,
-    backbone: options.Backbone = config.BACKBONE,
-    weights: options.Weights = config.WEIGHTS,
-    device: options.Device = config.DEVICE,
-    unfreeze: Annotated[
-        str, typer.Option(metavar="all|none|STAGES", help="What is trained beside the head.")
-    ] = config.UNFREEZE,
-    lr_backbone: Annotated[
-        float | None, typer.Option(help="Of the unfrozen stages.", show_default="1e-4 for batches of 4, scaled")
-    ] = None,
-    lr_head: Annotated[
-        float | None, typer.Option(help="Of the head.", show_default="1e-3 for batches of 4, scaled")
-    ] = None,
-    schedule: Annotated[config.Schedule, typer.Option(help="Of the learning rates.")] = config.SCHEDULE,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = config.EPOCHS,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = config.FINETUNE_BATCH_SIZE,
-    batch_norm: Annotated[
-        config.BatchNorm, typer.Option(help="frozen: all in eval mode; train: those of unfrozen stages train.")
-    ] = config.BATCH_NORM,
-    select: Annotated[
-        str, typer.Option(metavar="none|FRACTION", help="Hold out training rows to choose the epoch on.")
-    ] = config.SELECT,
-    workers: options.Workers = None,
-    labels: options.Labels = None,
-    val_fraction: options.ValFraction = config.VAL_FRACTION,
-    split_seed: options.SplitSeed = config.SPLIT_SEED,
-    on_bad: options.OnBad = config.ON_BAD,
-    seed: options.Seed = config.SEED,
-    out: options.Out = None,
-    json: options.Json = False,
-) -> int:
-    """Train the backbone itself on the images, with augmentation and a learning rate per parameter group."""
-    from transfercache.commands.finetune import finetune as command
-
-    result = command(
-        data,
-        backbone=backbone,
-        weights=weights,
-        device=device,
-        unfreeze=unfreeze,
-        lr_backbone=lr_backbone,
-        lr_head=lr_head,
-        schedule=schedule,
-        epochs=epochs,
-        batch_size=batch_size,
-        batch_norm=batch_norm,
-        select=select,
-        workers=workers,
-        labels=labels,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        on_bad=on_bad,
-        seed=seed,
-        out=out,
-        on_epoch=show_epoch,
-    )
-    return finish(result, as_json=json, on_bad=on_bad)
-
-
 def compare(
     data: options.Data,
     strategies: Annotated[
         str,
         typer.Option(
-            help="Of knn, logistic, ridge, linear, finetune, scratch, pixels-knn, tutorial-frozen, tutorial-finetune."
+            help="Of knn, logistic, ridge, linear, partial, finetune, lp-ft, scratch, pixels-knn, tutorial-frozen, "
+            "tutorial-finetune."
         ),
     ] = config.STRATEGIES,
     backbone: options.Backbones = [config.BACKBONE],  # noqa: B006 - typer hands out copies
@@ -251,7 +204,7 @@ def compare(
     seed: options.Seed = config.SEED,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each strategy, from --seed on.")] = config.SEEDS,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Of finetune and scratch; the tutorial has its own.")
+        int, typer.Option(min=1, help="Of partial, finetune, lp-ft and scratch; the tutorial has its own.")
     ] = config.EPOCHS,
     max_minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Leave out, by name, what would take longer.", show_default=False)
@@ -311,6 +264,7 @@ def predict(
         typer.Option(metavar="PATH", help="The backbone's weights, where they have moved.", show_default=False),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many classes to list an image.")] = config.TOP,
+    tta: Annotated[bool, typer.Option("--tta", help="The mean over an image and its mirror image.")] = False,
     device: options.Device = config.DEVICE,
     engine: options.Engine = config.ENGINE,
     batch_size: options.ExtractBatchSize = None,
@@ -330,6 +284,7 @@ def predict(
         inputs,
         weights=weights,
         top=top,
+        tta=tta,
         device=device,
         engine=engine,
         batch_size=batch_size,
@@ -339,6 +294,33 @@ def predict(
         out=out,
     )
     return finish(result, as_json=json, on_bad=on_bad)
+
+
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="What train-head or finetune wrote.", show_default=False)
+    ],
+    format: Annotated[
+        config.ExportFormat,
+        typer.Option(help="torchvision: a state_dict (.pth), tensors alone. onnx needs the extra onnx."),
+    ] = config.EXPORT_FORMAT,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where it is written.", show_default="beside the MODEL")
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The backbone's weights, where they have moved.", show_default=False),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Compare the logits on these images too.", show_default=False),
+    ] = None,
+    json: options.Json = False,
+) -> int:
+    """Write a MODEL, backbone and head in one, for use without tlc; its logits are compared with tlc's own first."""
+    from transfercache.commands.export import export as command
+
+    return finish(command(model, format=format, out=out, weights=weights, check=check), as_json=json)
 
 
 def demo(
@@ -367,5 +349,5 @@ def doctor(json: options.Json = False) -> int:
 
 def register(app: typer.Typer) -> None:
     """Add every command to `app`, in the order in which a newcomer meets them."""
-    for handler in (demo, extract_features, train_head, finetune, compare, predict, doctor):
+    for handler in (demo, extract_features, train_head, finetune, compare, predict, export, doctor):
         app.command()(handler)

@@ -21,7 +21,7 @@ from transfercache.version import __version__
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in tlc, 2 the command's words, 3 the data, 4 a cache or model file, 5 weights or a "
     "download, 6 a resource (disk, permission, device, memory, another writer), 130 and 143 interrupted: "
-    "extract-features, compare and demo keep what was computed."
+    "extract-features, compare and demo keep what was computed, finetune its checkpoints."
 )
 
 #: What an interrupted command keeps, where there is anything to say about it.
@@ -30,7 +30,7 @@ _KEPT = {
         ("extract-features", "compare", "demo"),
         "; what was computed is kept, and the same command goes on from there",
     ),
-    "finetune": "; nothing of an unfinished fine-tuning is kept",
+    "finetune": "; its checkpoints are kept, and the same command with --resume goes on from the last one",
 }
 
 app = typer.Typer(

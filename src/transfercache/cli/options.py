@@ -9,14 +9,13 @@ import typer
 
 from transfercache import config
 
-Data = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA",
-        help="A folder (train/ and val/ of class folders, class folders, or flat), a .csv, 'hymenoptera' or 'digits'.",
-        show_default=False,
-    ),
-]
+_DATA = typer.Argument(
+    metavar="DATA",
+    help="A folder (train/ and val/ of class folders, class folders, or flat), a .csv, 'hymenoptera' or 'digits'.",
+    show_default=False,
+)
+Data = Annotated[str, _DATA]
+DataUnlessDescribed = Annotated[str | None, _DATA]
 Backbone = Annotated[
     str,
     typer.Option(
@@ -43,7 +42,18 @@ Views = Annotated[
 ]
 StorageDtype = Annotated[
     config.StorageDtype,
-    typer.Option(help="Of the embeddings on the disk; auto is float32.", rich_help_panel="Backbone"),
+    typer.Option(
+        help="Of the rows on the disk; auto is float32, of a stage's activations float16.", rich_help_panel="Backbone"
+    ),
+]
+MaxBytes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Refuse to write more than that, such as 500MB.",
+        show_default=f"{config.MAX_BYTES} of a stage's activations, else no bound",
+        rich_help_panel="Backbone",
+    ),
 ]
 Decode = Annotated[
     config.Decode,

@@ -70,8 +70,10 @@ def show_epoch(epoch: EpochRecord) -> None:
     held_out = ""
     if epoch.selection_loss is not None:
         held_out = f", held out: loss {epoch.selection_loss:.4f}, accuracy {epoch.selection_accuracy:.3f}"
+    bad = f", {epoch.n_bad} images cannot be read and are left out" if epoch.n_bad else ""
     print(
         f"epoch {epoch.epoch}: loss {epoch.train_loss:.4f}, training accuracy {epoch.train_accuracy:.3f}{held_out}, "
-        f"{epoch.seconds:.1f} s ({epoch.images_per_second:.1f} images/s)",
+        f"{epoch.seconds:.1f} s ({epoch.images_per_second:.1f} images/s), {epoch.passes} passes, "
+        f"{epoch.peak_memory_bytes / 2**30:.1f} GiB{bad}",
         file=sys.stderr,
     )

@@ -30,11 +30,18 @@ logger = logging.getLogger(__name__)
 def open_cached(cache: str | Path | Extraction, *, backbone: str, weights: str, cache_dir: Path | str | None) -> Cache:
     """Open a cache folder, the result of an extraction, or the cache of DATA for this backbone and these weights.
 
-    Raises CacheError, and DataError where DATA has no cache, or has changed since that was made.
+    Raises CacheError, UsageError for a cache of activations, and DataError where DATA has no cache, or has changed
+    since that was made.
     """
     folder = Path(cache) if isinstance(cache, (str, Path)) else cache.cache
     if is_cache(folder):
-        return open_cache(folder)
+        opened = open_cache(folder)
+        if opened.spec.row_shape is not None:
+            raise UsageError(
+                f"{folder}: holds activations of {opened.spec.boundary}, which no head takes; train the stages behind "
+                f"them with: {shlex.join(('tlc', 'finetune', str(opened.data_root), '--cached', '--unfreeze'))} STAGES"
+            )
+        return opened
     # DATA: its files are listed, for which Pillow is loaded, and its cache is found by the weights' digest, which
     # takes torch: a CACHE needs neither.
     from transfercache.images.sources import read_source

@@ -14,8 +14,9 @@ from transfercache.commands.compare import Comparison, compare
 from transfercache.commands.inputs import EmbedOptions, cache_root
 from transfercache.comparison.pace import measure_pace
 from transfercache.comparison.schedule import OnEstimate
-from transfercache.comparison.strategy import Work
+from transfercache.comparison.strategy import Loop, Work
 from transfercache.errors import WeightsError
+from transfercache.finetuning.precision import training_compute
 from transfercache.images.named import digits_subset, materialise
 from transfercache.images.sources import read_source
 from transfercache.splits import Split
@@ -74,7 +75,9 @@ def _estimate(
     spec = EmbedOptions().spec(loaded)
     if find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec) is not None:
         return
-    pace = measure_pace(manifest, loaded, device=pick_device(device))
+    target = pick_device(device)
+    loop = Loop(compute=training_compute(config.COMPUTE, target))
+    pace = measure_pace(manifest, loaded, device=target, loop=loop)
     n_given = int((manifest.split == Split.TRAIN).sum())
     n_train = n_given or round((1 - config.VAL_FRACTION) * manifest.n_rows)
     # Extraction passes every image forward, fine-tuning's evaluation the rest once more.

@@ -34,6 +34,7 @@ from transfercache.commands.inputs import (
     known_files,
     log_bad,
 )
+from transfercache.commands.space import check_space
 from transfercache.environment import describe_environment
 from transfercache.errors import CacheError, DataError, UsageError
 from transfercache.extract.loop import Embedder
@@ -162,8 +163,10 @@ def extract_features(
     *,
     backbone: str = config.BACKBONE,
     weights: str = config.WEIGHTS,
+    boundary: str = config.BOUNDARY,
     views: int | None = None,
     storage_dtype: config.StorageDtype = config.STORAGE_DTYPE,
+    max_bytes: str | int | None = None,
     compute: config.Compute = config.COMPUTE,
     decode: config.Decode = config.DECODE,
     device: config.Device = config.DEVICE,
@@ -181,6 +184,10 @@ def extract_features(
 ) -> Extraction:
     """Embed every image of DATA with a frozen backbone, into a cache that later calls find again.
 
+    `boundary` is pooled, the input of the network's last linear layer, or one of its stages, at whose end the
+    activations are taken, for `finetune` with `cached`. These are stored as float16 unless `storage_dtype` says
+    otherwise; more of them than `max_bytes` (such as "20GB", the default) are refused before anything is written.
+
     Rows that this cache holds, or another of the same spec under `cache_dir`, are reused, and an interrupted run goes
     on where it was. `views` are rows of each image (0 the eval transform, 1 its mirror image, then drawn
     augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices into a
@@ -188,14 +195,15 @@ def extract_features(
     and inode are as before, and proves every row: what fails is made again. Unreadable images are listed in the
     result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends with 3.
     `compute` and `decode` (docs/images.md) are part of what a cache is, `engine` is not. `batch_size` None is 32, on an
-    NVIDIA GPU 256. `on_engine` is given one line on what computes, and what would be faster, before a first image is
-    embedded.
+    NVIDIA GPU 256. `on_engine` is given a line on what activations will take, and one on what computes, and what would
+    be faster, before a first image is embedded.
 
-    Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone), WeightsError, CacheError
+    Raises DataError (nothing to read, or every image bad), UsageError (unknown backbone or boundary, or too many
+    bytes), WeightsError, CacheError
     (also where other versions made the rows and this machine would make others), ResourceError (disk, device, an
     engine or a precision that this machine lacks), LockedError (another writer).
     """
-    options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode)
+    options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode, max_bytes)
     choice = choose_engine(engine, device=device, compute=compute)
     scanned_ns = time.time_ns()
     manifest = read_source(data)
@@ -205,6 +213,10 @@ def extract_features(
         manifest = take_part(manifest, part, batch_size=batch_size or config.EXTRACT_BATCH_SIZE)
     loaded = find_backbone(backbone, weights=weights)
     pick_decoder(options.spec(loaded).preprocessing)  # what cannot be loaded fails now
+    if boundary != config.BOUNDARY:
+        from transfercache.backbones.cut import frozen_part
+
+        loaded = frozen_part(loaded.load(), boundary)
     root = cache_root(cache_dir)
     folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=options.spec(loaded))
     watch = Stopwatch()
@@ -230,20 +242,26 @@ def extract_features(
     log_bad(result.bad, result.rows, on_bad=on_bad)
     if result.straddling:
         logger.warning("%d groups or sets of equal images lie on both sides of the given split", result.straddling)
-    if part is None:
-        return result
-    gather = changed_words(
+    shared = changed_words(
         backbone=(backbone, config.BACKBONE),
         weights=(weights, config.WEIGHTS),
         views=(views, None),
         storage_dtype=(storage_dtype, config.STORAGE_DTYPE),
-        compute=(compute, config.COMPUTE),
-        decode=(decode, config.DECODE),
+        max_bytes=(max_bytes, None),
         cache_dir=(cache_dir, None),
         val_fraction=(val_fraction, config.VAL_FRACTION),
         split_seed=(split_seed, config.SPLIT_SEED),
     )
-    return replace(result, next_command=("tlc", "extract-features", str(data), *gather))
+    if part is not None:
+        own = changed_words(
+            boundary=(boundary, config.BOUNDARY), compute=(compute, config.COMPUTE), decode=(decode, config.DECODE)
+        )
+        return replace(result, next_command=("tlc", "extract-features", str(data), *own, *shared))
+    if boundary != config.BOUNDARY:
+        names = [stage.name for stage in loaded.load().stages]
+        own = ("--unfreeze", ",".join(names[names.index(boundary) + 1 :]), *changed_words(labels=(labels, None)))
+        return replace(result, next_command=("tlc", "finetune", str(data), "--cached", *own, *shared))
+    return result
 
 
 def extract_manifest(
@@ -269,7 +287,20 @@ def extract_manifest(
         on_engine(choice.describe())
         return choice.build(backbone)
 
-    store = _store(cache_dir, manifest, options.spec(backbone), make_engine)
+    spec = options.spec(backbone)
+    folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
+    n_views = options.views or (config.VIEWS if folder is None else _n_views(Store(folder), mend=prove))
+    check_space(
+        manifest,
+        spec,
+        dim=backbone.dim,
+        n_views=n_views,
+        max_bytes=options.max_bytes,
+        cache_dir=cache_dir,
+        folder=folder,
+        on_line=on_engine,
+    )
+    store = Store(folder) if folder is not None else _new_store(cache_dir, manifest, spec, make_engine)
     environment = describe_environment()
 
     def describe_run(outcome: Outcome) -> Run:
@@ -287,7 +318,6 @@ def extract_manifest(
             **environment,
         )
 
-    n_views = options.views or _n_views(store, mend=prove)
     outcome = ExtractionRun(
         store=store,
         embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
@@ -336,10 +366,7 @@ def _n_views(store: Store, *, mend: bool) -> int:
     return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
 
 
-def _store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:
-    folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
-    if folder is not None:
-        return Store(folder)
+def _new_store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:
     canaries = make_engine().embed(canary_pixels(spec.preprocessing.crop))  # float32 [4, D]
     return find_or_create(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec, canaries=canaries)
 

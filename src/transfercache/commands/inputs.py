@@ -14,7 +14,7 @@ from transfercache.cache.store import Store
 from transfercache.errors import UsageError
 from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
-from transfercache.spec import DECODERS, ExtractSpec
+from transfercache.spec import DECODERS, POOLED, ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class EmbedOptions:
     batch_size: int | None = None  # as the device has it
     workers: int | None = None
     decode: config.Decode = config.DECODE
+    max_bytes: str | int | None = None  # such as 20GB; None: MAX_BYTES for activations, else no bound
 
     def __post_init__(self) -> None:
         if self.views is not None and not 1 <= self.views <= config.MAX_VIEWS:
@@ -56,14 +57,18 @@ class EmbedOptions:
             raise UsageError(f"--decode {self.decode!r} is none of {', '.join(DECODERS)}")
 
     def spec(self, backbone: FrozenBackbone) -> ExtractSpec:
-        """Return the identity of the rows that this backbone makes; `auto` is fp32 on every device, and float32."""
+        """Return the identity of the rows that this backbone makes; `auto` precision is fp32 on every device.
+
+        `auto` storage is float32 for embeddings and float16 for activations, which take a hundred times as much.
+        """
+        dtype = "float32" if backbone.boundary == POOLED else "float16"
         return ExtractSpec(
             backbone=backbone.name,
             weights_digest=backbone.weights_digest,
             boundary=backbone.boundary,
             preprocessing=replace(backbone.preprocessing, decoder=self.decode),
             compute="fp32" if self.compute == "auto" else self.compute,
-            storage_dtype="float32" if self.storage_dtype == "auto" else self.storage_dtype,
+            storage_dtype=dtype if self.storage_dtype == "auto" else self.storage_dtype,
         )
 
 

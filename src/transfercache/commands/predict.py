@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,78 +21,31 @@ from transfercache.cache.provenance import makers_of
 from transfercache.cache.reader import is_cache, open_cache
 from transfercache.cache.slots import RowKey, row_keys
 from transfercache.cache.store import find
-from transfercache.commands.inputs import BadImage, cache_root, known_files, log_bad, log_skipped
+from transfercache.commands.inputs import cache_root, known_files, log_bad, log_skipped
+from transfercache.commands.predictions import OTHER_KIND, Prediction, Predictions, collect
 from transfercache.environment import installed_versions
-from transfercache.errors import CacheError, UsageError
+from transfercache.errors import CacheError, ResourceError, UsageError
 from transfercache.extract.loop import Embedder, PendingView
 from transfercache.extract.parity import trusted_neighbours
 from transfercache.extract.plan import wanted_rows
-from transfercache.files import replacing
 from transfercache.images.manifest import hash_files
-from transfercache.images.named import NAMED
-from transfercache.images.sources import read_paths, read_source
+from transfercache.images.sources import read_images
 from transfercache.models.head_file import Model, check_canaries, load_model
 from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from transfercache.backbones.choice import Choice, Engine
 
 logger = logging.getLogger(__name__)
 
-Features = npt.NDArray[np.float32]  # float32 [D], one image's
+Features = npt.NDArray[np.float32]  # float32 [V, D], one image's in V views; [D] before they are stacked
 
-# On a terminal; --json and --out give all of them.
-_ROWS_SHOWN = 20
+# The eval transform and its mirror image, the first two of any cache that has views.
+_TTA_VIEWS = 2
 
 # More files than these come from a pattern, and would make the next command unreadable.
 _INPUTS_NAMED = 3
-
-_OTHER_KIND = {".csv": ".jsonl", ".jsonl": ".csv"}
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One image: its most probable class, or why it has none."""
-
-    path: str
-    label: str | None
-    probability: float | None
-    top: tuple[tuple[str, float], ...]  # (class, probability), most probable first
-    reason: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the object of this image in the JSON list of `tlc predict`."""
-        if self.label is None:
-            return {"path": self.path, "label": None, "reason": self.reason}
-        top = [{"label": label, "probability": probability} for label, probability in self.top]
-        return {"path": self.path, "label": self.label, "probability": self.probability, "top": top}
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """All images in the order given; with `out` they are in that file, and here only the first few."""
-
-    images: tuple[Prediction, ...]
-    n_images: int
-    bad: tuple[BadImage, ...]
-    out: Path | None
-    next_command: tuple[str, ...]  # the words of the command a person would run next
-
-    def to_json(self) -> Any:
-        """Return a list of all images; with `out`, {out, images, bad} instead, as the file has them."""
-        if self.out is None:
-            return [image.to_json() for image in self.images]
-        return {"out": str(self.out), "images": self.n_images, "bad": [item.to_json() for item in self.bad]}
-
-    def render(self) -> RenderableType:
-        """Return the same for a terminal."""
-        from transfercache.report.predictions import render_predictions
-
-        best = [(image.path, *image.top[0]) for image in self.images[:_ROWS_SHOWN] if image.top]
-        return render_predictions(best, n_images=self.n_images - len(self.bad), out=self.out)
 
 
 def predict(
@@ -102,6 +54,7 @@ def predict(
     *,
     weights: str | None = None,
     top: int = config.TOP,
+    tta: bool = False,
     device: config.Device = config.DEVICE,
     engine: config.Engine = config.ENGINE,
     batch_size: int | None = None,
@@ -115,7 +68,7 @@ def predict(
     A bad image is listed with its reason; with `on_bad="fail"` it is also logged, as the command line ends with 3.
     """
     result = load(model, weights=weights, device=device, engine=engine).predict(
-        inputs, top=top, batch_size=batch_size, workers=workers, cache_dir=cache_dir, out=out
+        inputs, top=top, tta=tta, batch_size=batch_size, workers=workers, cache_dir=cache_dir, out=out
     )
     log_bad(result.bad, result.n_images, on_bad=on_bad)
     return result
@@ -163,13 +116,22 @@ class LoadedModel:
         # Torch takes seconds to import, and none of it is needed where a cache has every row.
         from transfercache.backbones.choice import choose_engine
 
-        return choose_engine(self.engine_name, device=self.device, compute=self.model.head.spec.compute)
+        compute = self.model.head.spec.compute
+        try:
+            return choose_engine(self.engine_name, device=self.device, compute=compute)
+        except ResourceError as error:
+            if compute == "fp32":
+                raise
+            raise ResourceError(
+                f"{self.path}: computes in {compute} ({error}); predict where that is, or tlc export it, which is fp32"
+            ) from error
 
     def predict(
         self,
         inputs: str | Path | Sequence[str | Path],
         *,
         top: int = config.TOP,
+        tta: bool = False,
         batch_size: int | None = None,
         workers: int | None = None,
         cache_dir: Path | str | None = None,
@@ -178,38 +140,42 @@ class LoadedModel:
         """Label images in the order given (folders: sorted), with the `top` classes of each.
 
         `inputs` is one CACHE (its rows are read: no image, no torch), one DATA (rows that a cache under `cache_dir`
-        holds are reused), or any files and folders; of a folder, every image below it is read. With `out` the
+        holds are reused), or any files and folders; of a folder, every image below it is read. With `tta` an image's
+        probabilities are the mean of its own and of its mirror image's (views 0 and 1). With `out` the
         predictions are streamed to that file, and the result keeps a few: .jsonl has all that `to_json` gives, .csv
         has the columns path, label, probability and reason, then label_2, probability_2 and so on up to `top`. An
         older `out` is replaced when all is done. Raises ModelError, CacheError (of another spec than the model's),
         DataError, WeightsError, ResourceError, and UsageError for an `out` of another ending.
         """
         words = [str(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+        n_views = _TTA_VIEWS if tta else 1
         if len(words) == 1 and is_cache(Path(words[0])):
-            rows = self._cache_rows(Path(words[0]))
+            rows = self._cache_rows(Path(words[0]), n_views=n_views)
         else:
-            rows = self._image_rows(words, cache_root(cache_dir), batch_size=batch_size, workers=workers)
+            root = cache_root(cache_dir)
+            rows = self._image_rows(words, root, n_views=n_views, batch_size=batch_size, workers=workers)
         with closing(rows):
             images = (self._prediction(path, outcome, top) for path, outcome in rows)
             target = None if out is None else Path(out)
-            kept, n_images, bad = _collect(images, out=target, n_top=min(top, len(self.class_names)))
-        return Predictions(kept, n_images, bad, target, self._next_command(words, target))
+            kept, n_images, bad = collect(images, out=target, n_top=min(top, len(self.class_names)))
+        return Predictions(kept, n_images, bad, target, self._next_command(words, target, tta=tta))
 
-    def _next_command(self, words: Sequence[str], out: Path | None) -> tuple[str, ...]:
+    def _next_command(self, words: Sequence[str], out: Path | None, *, tta: bool) -> tuple[str, ...]:
         """Return the words that write the same predictions to a file, or to one of the other kind."""
         named = words if len(words) <= _INPUTS_NAMED else [str(Path(words[0]).parent)]  # the folder behind a *.jpg
         moved = () if self.weights is None else ("--weights", self.weights)
-        other = Path("predictions.csv") if out is None else out.with_suffix(_OTHER_KIND[out.suffix])
-        return ("tlc", "predict", str(self.path), *named, *moved, "--out", str(other))
+        views = ("--tta",) if tta else ()
+        other = Path("predictions.csv") if out is None else out.with_suffix(OTHER_KIND[out.suffix])
+        return ("tlc", "predict", str(self.path), *named, *moved, *views, "--out", str(other))
 
     def _prediction(self, path: str, outcome: Features | str, top: int) -> Prediction:
         if isinstance(outcome, str):
             return Prediction(path, None, None, (), outcome)
-        row = self.model.head.probabilities(outcome[None])[0]  # float64 [C]
+        row = self.model.head.probabilities(outcome).mean(axis=0)  # float64 [C]
         best = tuple((self.class_names[c], float(row[c])) for c in np.argsort(-row, kind="stable")[:top])
         return Prediction(path, best[0][0], best[0][1], best)
 
-    def _cache_rows(self, folder: Path) -> Generator[tuple[str, Features | str], None, None]:
+    def _cache_rows(self, folder: Path, *, n_views: int) -> Generator[tuple[str, Features | str], None, None]:
         head = self.model.head
         if self.model.is_finetuned:
             raise CacheError(f"{folder}: {self.path} is fine-tuned and has a backbone of its own; give it the images")
@@ -217,118 +183,88 @@ class LoadedModel:
         if cache.spec != head.spec:
             difference = _difference(cache.spec, head.spec)
             raise CacheError(f"{folder}: not of the spec that {self.path} was trained on ({difference})")
-        check_canaries(self.path, self.model, cache.canaries)
-        table = cache.table()
-        features = iter(table.features[table.view == 0])
         rows = cache.rows
+        if int(rows.view.max(initial=0)) + 1 < n_views:
+            raise UsageError(
+                f"--tta: {folder} has one view an image; run its extract-features with --views 2, or give the images"
+            )
+        check_canaries(self.path, self.model, cache.canaries)
+        table = cache.stored_table()
+        table = table.subset(table.view < n_views)  # an image's views, one after the other
+        features = iter(table.features.reshape(-1, n_views, head.dim))
         for i in np.flatnonzero(rows.view == 0).tolist():
             yield rows.path[i], rows.reason[i] or next(features)
 
     def _image_rows(
-        self, words: Sequence[str], cache_dir: Path, *, batch_size: int | None, workers: int | None
+        self, words: Sequence[str], cache_dir: Path, *, n_views: int, batch_size: int | None, workers: int | None
     ) -> Generator[tuple[str, Features | str], None, None]:
         scanned_ns = time.time_ns()
-        manifest = read_source(words[0]) if len(words) == 1 and _is_listed(words[0]) else read_paths(words)
+        manifest = read_images(words)
         log_skipped(manifest)
         spec, folder = self.model.head.spec, None
         if not self.model.is_finetuned:
             folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
         manifest = hash_files(manifest, known=known_files(folder), scanned_ns=scanned_ns)
         embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch())
-        known: dict[int, Features | str] = dict(manifest.unreadable)
-        if not self.model.is_finetuned:
-            # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
-            engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
-            makers = makers_of(engine, installed_versions())
-            known |= _cached_features(cache_dir, embedder, dim=self.model.head.dim, makers=makers)
-        missing = [row for row in range(manifest.n_rows) if row not in known]
+        held = {} if self.model.is_finetuned else self._held(cache_dir, embedder, n_views=n_views)
+        readable = np.flatnonzero(manifest.is_readable()).tolist()
+        missing = [(row, view) for row in readable for view in range(n_views) if (row, view) not in held]
+        rows = {row for row, _ in missing}
         size = batch_size or (self._choice.batch_size if missing else config.EXTRACT_BATCH_SIZE)
         with closing(_computed(embedder, missing, batch_size=size)) as computed:
             for row, path in enumerate(manifest.paths):
-                yield path, known[row] if row in known else next(computed)
+                fresh = next(computed) if row in rows else manifest.unreadable.get(row, [])
+                if isinstance(fresh, str):
+                    yield path, fresh
+                else:
+                    yield path, np.stack([*(held[row, v] for v in range(n_views) if (row, v) in held), *fresh])
+
+    def _held(self, cache_dir: Path, embedder: Embedder, *, n_views: int) -> dict[tuple[int, int], Features]:
+        """Return {(manifest row, view): float32 [D]} for the images whose bytes some cache of the spec has seen."""
+        # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
+        engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
+        makers, dim = makers_of(engine, installed_versions()), self.model.head.dim
+        digests = embedder.manifest.digests
+        features: dict[RowKey, Features] = {}
+        wanted = wanted_rows(embedder.manifest, n_views=n_views)
+        for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim, makers=makers):
+            try:
+                features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
+            except CacheError as error:
+                logger.warning("computed instead of taken from there: %s", error)
+        views = [row_keys(digests, np.full(len(digests), view, dtype=np.uint8)) for view in range(n_views)]
+        return {
+            (row, view): features[key]
+            for view, keys in enumerate(views)
+            for row, key in enumerate(keys)
+            if key in features
+        }
 
 
-def _computed(embedder: Embedder, rows: Sequence[int], *, batch_size: int) -> Generator[Features | str, None, None]:
-    """Yield the embedding, or the reason why there is none, of `rows` in order."""
-    if rows:
-        pending = [PendingView(slot, row) for slot, row in enumerate(rows)]
-        with closing(embedder.embed(pending, batch_size=min(batch_size, len(rows)))) as batches:
-            for batch in batches:
-                outcomes: dict[int, Features | str] = dict(batch.bad)
-                outcomes |= {view.row: batch.features[i] for i, view in enumerate(batch.views)}
-                for row in sorted(outcomes):
-                    yield outcomes[row]
+def _computed(
+    embedder: Embedder, views: Sequence[tuple[int, int]], *, batch_size: int
+) -> Generator[list[Features] | str, None, None]:
+    """Yield, for each row of `views` (row and view, in order), its embeddings [D], or the reason why it has none."""
+    for _, group in groupby(_outcomes(embedder, views, batch_size=batch_size), key=lambda item: item[0]):
+        outcomes = [outcome for _, outcome in group]
+        reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
+        yield reasons[0] if reasons else [outcome for outcome in outcomes if not isinstance(outcome, str)]
+
+
+def _outcomes(
+    embedder: Embedder, views: Sequence[tuple[int, int]], *, batch_size: int
+) -> Iterator[tuple[int, Features | str]]:
+    if not views:
+        return
+    pending = [PendingView(slot, row, view) for slot, (row, view) in enumerate(views)]
+    with closing(embedder.embed(pending, batch_size=min(batch_size, len(views)))) as batches:
+        for batch in batches:
+            outcomes: dict[tuple[int, int], Features | str] = {(row, 0): why for row, why in batch.bad.items()}
+            outcomes |= {(view.row, view.view): batch.features[i] for i, view in enumerate(batch.views)}
+            for row, view in sorted(outcomes):
+                yield row, outcomes[row, view]
 
 
 def _difference(cache: ExtractSpec, head: ExtractSpec) -> str:
     ours, theirs = cache.to_json(), head.to_json()
     return ", ".join(f"{name} {ours[name]} against {theirs[name]}" for name in ours if ours[name] != theirs[name])
-
-
-def _is_listed(word: str) -> bool:
-    """Whether this is a CSV file or a name; of a folder all images are read, and any other file is an image."""
-    return (word in NAMED or word.lower().endswith(".csv")) and not Path(word).expanduser().is_dir()
-
-
-def _cached_features(
-    cache_dir: Path, embedder: Embedder, *, dim: int, makers: Mapping[str, str]
-) -> dict[int, Features]:
-    """Return {manifest row: its embedding} for the images whose bytes some cache of the spec has seen."""
-    manifest = embedder.manifest
-    wanted = wanted_rows(manifest, n_views=1)
-    features: dict[RowKey, Features] = {}
-    for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim, makers=makers):
-        try:
-            features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
-        except CacheError as error:
-            logger.warning("computed instead of taken from there: %s", error)
-    keys = row_keys(manifest.digests, np.zeros(manifest.n_rows, dtype=np.uint8))
-    return {row: features[key] for row, key in enumerate(keys) if key in features}
-
-
-def _collect(
-    stream: Iterator[Prediction], *, out: Path | None, n_top: int
-) -> tuple[tuple[Prediction, ...], int, tuple[BadImage, ...]]:
-    """Return the predictions to keep, how many there were, and the bad images; all are written to `out`."""
-    kept: list[Prediction] = []
-    bad: list[BadImage] = []
-    n_images = 0
-    with _writing(out, n_top) as write:
-        for image in stream:
-            n_images += 1
-            write(image)
-            if image.reason is not None:
-                bad.append(BadImage(image.path, image.reason))
-            if out is None or n_images <= _ROWS_SHOWN:
-                kept.append(image)
-    return tuple(kept), n_images, tuple(bad)
-
-
-@contextmanager
-def _writing(out: Path | None, n_top: int) -> Iterator[Callable[[Prediction], None]]:
-    """Give a function that writes one prediction to `out`, a line each; .csv (with `n_top` classes) or .jsonl."""
-    if out is None:
-        yield lambda _: None
-        return
-    if out.suffix not in _OTHER_KIND:
-        raise UsageError(f"--out {out}: name a .csv or a .jsonl file")
-    with (
-        replacing(out) as temporary,
-        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
-    ):
-        if out.suffix == ".jsonl":
-            yield lambda image: print(json.dumps(image.to_json()), file=file)
-            return
-        more = [name for rank in range(2, n_top + 1) for name in (f"label_{rank}", f"probability_{rank}")]
-        names = ["path", "label", "probability", "reason", *more]
-        rows = csv.DictWriter(file, names, restval="")
-        rows.writeheader()
-        yield lambda image: rows.writerow(dict(zip(names, _values(image), strict=False)))
-
-
-def _values(image: Prediction) -> Iterator[str | float | None]:
-    """Yield the values of a .csv in the order of its columns; a bad image has the first four."""
-    yield from (image.path, image.label, image.probability, image.reason)
-    for label, probability in image.top[1:]:
-        yield label
-        yield probability

@@ -25,6 +25,7 @@ from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.out_of_fold import OutOfFold
 from transfercache.heads.suspects import find_suspects, write_suspects
 from transfercache.metrics import Report, softmax
+from transfercache.models.card import CardData, save_card
 from transfercache.models.head_file import Model, save_model
 from transfercache.splits import Split, count_straddling, reported_split
 from transfercache.stopwatch import Stopwatch
@@ -112,7 +113,9 @@ def train_head(
         with watch.stage("parts"):
             points = {name: trial.measure(part, C=C, seed=seed) for name, part in parts.items()}
     if head is not None and path is not None:
-        save_model(_model(head, opened, reported, backbone_tensors), path)
+        model = _model(head, opened, reported, backbone_tensors)
+        save_model(model, path)
+        save_card(path, model, _card_data(opened, table), seconds=watch.elapsed(), tta=tta)
     return HeadResult(
         head=path,
         solver=solver,
@@ -188,6 +191,12 @@ def _write_suspects(path: Path, train: FeatureTable, held: OutOfFold) -> Suspect
     write_suspects(path, suspects, paths=paths, class_names=train.class_names)
     n_images = int(np.sum(train.view == EVAL_VIEW))
     return SuspectsFile(path, len(held.rows), int(suspects.is_issue.sum()), n_images - len(held.rows))
+
+
+def _card_data(cache: Cache, table: FeatureTable) -> CardData:
+    is_image = table.view == EVAL_VIEW
+    digests = cache.rows.digest[cache.rows.view == EVAL_VIEW]  # of each manifest row
+    return CardData(cache.data_name, digests[table.row[is_image]], table.labels[is_image], table.split[is_image])
 
 
 def _model(

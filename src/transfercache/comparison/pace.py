@@ -17,6 +17,7 @@ from transfercache.backbones.engines import full_float32, normalise
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison.rows import load_pixels
 from transfercache.comparison.strategy import DEFAULT_LOOP, Loop, Work
+from transfercache.finetuning.precision import autocast
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels
 
@@ -51,7 +52,8 @@ def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device
     optimizer = torch.optim.SGD(network.parameters(), lr=config.SEED_LR_BACKBONE, momentum=config.MOMENTUM)
     with full_float32(), memory_errors(device):
         forward = _time(lambda: _forward(network, batches), device)
-        trained = _time(lambda: _train(network, batches, optimizer), device)
+        with autocast(loop.compute, device):
+            trained = _time(lambda: _train(network, batches, optimizer), device)
     return Pace(trained=(decode + trained) / len(pixels), forward=(decode + forward) / len(pixels))
 
 
@@ -74,6 +76,6 @@ def _forward(network: torch.nn.Module, batches: Sequence[torch.Tensor]) -> None:
 def _train(network: torch.nn.Module, batches: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     for images in batches:
         optimizer.zero_grad()
-        embeddings = network(images)
+        embeddings = network(images).float()
         functional.mse_loss(embeddings, torch.zeros_like(embeddings)).backward()
         optimizer.step()

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -93,6 +93,12 @@ class ComparedRows:
         ):
             raise CacheError("the cache was relabelled while it was being compared; run the same command again")
         return table.subset(np.isin(table.row, self.row[self.is_train])), first.subset(self.is_reported)
+
+    def renumber(self, table: FeatureTable) -> FeatureTable:
+        """Return the compared rows of `table` in all their views, numbered as in `manifest`; raises as `divide`."""
+        self.divide(table)
+        compared = table.subset(np.isin(table.row, self.row))
+        return replace(compared, row=np.searchsorted(self.row, compared.row))
 
 
 def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:

@@ -15,7 +15,7 @@ from transfercache.comparison.cached import head, knn
 from transfercache.comparison.pixels import pixels_knn
 from transfercache.comparison.results import RunResult, load_result
 from transfercache.comparison.strategy import Setting, Source, Strategy
-from transfercache.comparison.trained import finetuned, scratch, tutorial
+from transfercache.comparison.trained import finetuned, partial, probed_first, scratch, tutorial
 from transfercache.environment import describe_environment
 from transfercache.errors import ArtefactError, UsageError, did_you_mean
 from transfercache.version import __version__
@@ -30,7 +30,9 @@ STRATEGIES = (
     head("linear"),
     pixels_knn(),
     tutorial("tutorial-frozen", lr_backbone=None),
+    partial(),
     finetuned(),
+    probed_first(),
     scratch(),
     tutorial("tutorial-finetune", lr_backbone=config.SEED_LR_BACKBONE),
 )

@@ -16,6 +16,7 @@ from transfercache.backbones.registry import Backbone
 from transfercache.cache.table import FeatureTable
 from transfercache.comparison.results import Seconds
 from transfercache.comparison.rows import ComparedRows
+from transfercache.finetuning.activations import Activations
 from transfercache.spec import ExtractSpec
 
 
@@ -51,6 +52,8 @@ class Setting:
     random_backbone: Callable[[], Backbone]  # the same architecture, untrained
     spec: Callable[[Backbone], ExtractSpec]
     embeddings: Callable[[], Embeddings]
+    #: At the end of one of the backbone's stages, of all rows of the data.
+    activations: Callable[[Backbone, str], tuple[Embeddings, Activations]]
     n_views: int  # of each training image in the embeddings
     device: torch.device
     workers: int | None
@@ -77,6 +80,7 @@ class Loop:
     batch_size: int = config.FINETUNE_BATCH_SIZE
     memory_format: torch.memory_format = torch.channels_last
     workers: int | None = None  # threads or processes that decode; None: as many as threads are given by default
+    compute: str = "fp32"  # what it trains in
 
 
 DEFAULT_LOOP = Loop()

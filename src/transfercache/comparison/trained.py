@@ -1,4 +1,4 @@
-"""Strategies that train a network on the images: our fine-tuning, the same from scratch, and the tutorial's loops."""
+"""Strategies that train a network on the images: our fine-tuning, from three starts, and the tutorial's loops."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ import numpy as np
 import torch
 
 from transfercache import config
+from transfercache.backbones.cut import share_behind
 from transfercache.backbones.registry import Backbone
+from transfercache.comparison.results import Seconds
 from transfercache.comparison.strategy import Loop, Outcome, Setting, Source, Strategy, Work, uncached
 from transfercache.comparison.tutorial import TUTORIAL_EPOCHS, TUTORIAL_WORKERS, train_tutorial
 from transfercache.errors import DataError
+from transfercache.finetuning.activations import Activations, boundary_before
 from transfercache.finetuning.loop import finetune
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.finetuning.precision import training_compute
 from transfercache.finetuning.result import FinetuneResult
+from transfercache.heads.fit import fit_head, pick_solver
+from transfercache.heads.linear_head import LinearHead
+from transfercache.stopwatch import Stopwatch
+
+# Of `lp-ft`: the head that train-head fits unless told otherwise.
+_HEAD = config.SOLVER
 
 
 def finetuned() -> Strategy:
@@ -34,27 +44,126 @@ def scratch() -> Strategy:
     return _ours("scratch", Source.ARCHITECTURE, batch_norm="train")
 
 
-def _ours(name: str, source: Source, *, batch_norm: str) -> Strategy:
-    def options(setting: Setting, seed: int = 0) -> FinetuneOptions:
-        return FinetuneOptions(epochs=setting.epochs, batch_norm=batch_norm, seed=seed, workers=setting.workers)
+def probed_first() -> Strategy:
+    """`tlc train-head`, then `tlc finetune --init-head` with its defaults (LP-FT, Kumar et al. 2022).
+
+    Its first run pays for the extraction as those on cached embeddings do, and further ones for both trainings.
+    """
+    head = {"head": _HEAD, "C": config.C, "class_weight": config.CLASS_WEIGHT}
 
     def run(setting: Setting, seed: int) -> Outcome:
+        pick_solver(_HEAD)  # what it imports is no part of the time that a head takes
+        return _tune_probed(setting, seed)
+
+    return Strategy(
+        name="lp-ft",
+        source=Source.EMBEDDINGS,
+        run=run,
+        options=lambda setting: {**_named_options(setting), **head, "views": setting.n_views},
+        work=_work,
+    )
+
+
+def partial() -> Strategy:
+    """`tlc finetune --cached --unfreeze` with the last stage: it alone trains, on cached activations.
+
+    Its first run pays for the extraction as those on cached embeddings do.
+    """
+
+    def run(setting: Setting, seed: int) -> Outcome:
+        backbone, options = setting.backbone(), _partial_options(setting, seed)
+        embeddings, whole = setting.activations(backbone, boundary_before(backbone, options))
+        rows = setting.rows
+        for row in sorted(whole.bad.keys() & set(rows.row.tolist())):
+            raise DataError(f"{rows.manifest.paths[np.searchsorted(rows.row, row)]}: {whole.bad[row]}")
+        activations = Activations(whole.stage, rows.renumber(whole.table), {})
+        result = _finetune(setting, backbone, options, activations=activations)
+        return _extracted_first(result, embeddings.record, {})
+
+    return Strategy(
+        name="partial",
+        source=Source.BACKBONE,
+        run=run,
+        options=lambda setting: {**_named(_partial_options(setting, 0)), "views": setting.n_views},
+        work=_partial_work,
+    )
+
+
+def _partial_options(setting: Setting, seed: int) -> FinetuneOptions:
+    last = setting.backbone().stages[-1].name
+    return replace(_options(setting, seed), unfreeze=last, augment="none")
+
+
+def _partial_work(setting: Setting) -> Work:
+    work, backbone = _work(setting), setting.backbone()
+    stage = boundary_before(backbone, _partial_options(setting, 0))
+    return replace(work, trained=round(work.trained * share_behind(backbone, stage)))
+
+
+def _ours(name: str, source: Source, *, batch_norm: str) -> Strategy:
+    def run(setting: Setting, seed: int) -> Outcome:
         backbone = setting.backbone() if source is Source.BACKBONE else setting.random_backbone()
-        return _finetune(setting, backbone, options(setting, seed))
+        result = _finetune(setting, backbone, _options(setting, seed, batch_norm=batch_norm))
+        return _outcome(result, uncached(result.seconds))
 
-    def identity(setting: Setting) -> Mapping[str, Any]:
-        # The seed is in the key by itself, and the number of threads changes no bit.
-        named = asdict(options(setting))
-        return {key: value for key, value in named.items() if key not in ("seed", "workers")}
-
-    def work(setting: Setting) -> Work:
-        trained = setting.epochs * setting.rows.n_train
-        return Work(trained, setting.rows.n_reported, Loop(workers=setting.workers))
-
-    return Strategy(name=name, source=source, run=run, options=identity, work=work)
+    return Strategy(
+        name=name,
+        source=source,
+        run=run,
+        options=lambda setting: _named_options(setting, batch_norm=batch_norm),
+        work=_work,
+    )
 
 
-def _finetune(setting: Setting, backbone: Backbone, options: FinetuneOptions) -> Outcome:
+def _tune_probed(setting: Setting, seed: int) -> Outcome:
+    embeddings, watch = setting.embeddings(), Stopwatch()
+    with watch.stage("load"):
+        train, _ = setting.rows.divide(embeddings.table())
+    with watch.stage("fit"):
+        head = fit_head(train, solver=_HEAD, seed=seed)
+    result = _finetune(setting, setting.backbone(), _options(setting, seed), start=head)
+    probing = watch.seconds()
+    del probing["total"]
+    return _extracted_first(result, embeddings.record, probing)
+
+
+def _extracted_first(result: FinetuneResult, record: Mapping[str, Any], between: Mapping[str, float]) -> Outcome:
+    """Return the outcome of a run that came after an extraction and what is `between`, in seconds by stage."""
+    extract, again = float(record["seconds"]), sum(between.values()) + result.seconds["total"]
+    stages = {"extract": extract, **between, **uncached(result.seconds).stages}
+    outcome = _outcome(result, Seconds(extract + again, again, stages))
+    return replace(outcome, passes=outcome.passes + int(record["images"]), extraction=record)
+
+
+def _options(setting: Setting, seed: int, *, batch_norm: str = config.BATCH_NORM) -> FinetuneOptions:
+    compute = training_compute(config.COMPUTE, setting.device)
+    return FinetuneOptions(
+        epochs=setting.epochs, batch_norm=batch_norm, compute=compute, seed=seed, workers=setting.workers
+    )
+
+
+def _named_options(setting: Setting, *, batch_norm: str = config.BATCH_NORM) -> dict[str, Any]:
+    return _named(_options(setting, 0, batch_norm=batch_norm))
+
+
+def _named(options: FinetuneOptions) -> dict[str, Any]:
+    # The seed is in the key by itself, and the number of threads changes no bit.
+    return {key: value for key, value in asdict(options).items() if key not in ("seed", "workers")}
+
+
+def _work(setting: Setting) -> Work:
+    loop = Loop(workers=setting.workers, compute=training_compute(config.COMPUTE, setting.device))
+    return Work(setting.epochs * setting.rows.n_train, setting.rows.n_reported, loop)
+
+
+def _finetune(
+    setting: Setting,
+    backbone: Backbone,
+    options: FinetuneOptions,
+    *,
+    start: LinearHead | None = None,
+    activations: Activations | None = None,
+) -> FinetuneResult:
     rows = setting.rows
     result = finetune(
         rows.manifest,
@@ -62,14 +171,20 @@ def _finetune(setting: Setting, backbone: Backbone, options: FinetuneOptions) ->
         options=options,
         spec=setting.spec(backbone),
         device=setting.device,
+        start=start,
+        activations=activations,
         on_epoch=lambda record: setting.on_epoch(record.epoch, options.epochs),
     )
     if result.bad:
         path, reason = result.bad[0]
         raise DataError(f"{path}: {reason}; it changed while it was being compared, run the same command again")
+    return result
+
+
+def _outcome(result: FinetuneResult, seconds: Seconds) -> Outcome:
     return Outcome(
         probabilities=result.probabilities,
-        seconds=uncached(result.seconds),
+        seconds=seconds,
         passes=result.passes,
         chosen={**result.head.chosen, "by_epoch": _curve(result)},
     )

@@ -34,8 +34,10 @@ if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache impo
 _BATCHES_AHEAD = 3
 # Batches computed and not yet written: what a commit's wait for the disk can hide behind.
 _BATCHES_BEHIND = 2
-# A commit syncs the disk; at most this many rows are computed again after a kill.
+# A commit syncs the disk; at most this many rows are computed again after a kill, or fewer of wide ones, so that the
+# sync is no long wait.
 _ROWS_PER_COMMIT = 1024
+_BYTES_PER_COMMIT = 64 << 20
 
 _NOT_FINITE = "its embedding is not finite (NaN or infinity); are the weights damaged?"
 
@@ -129,7 +131,7 @@ def fill_shard(
 ) -> dict[int, str]:
     """Compute and write the embeddings of `pending`; returns {manifest row: reason} for the images that are bad.
 
-    What is written is committed every thousand rows and, whatever happens, at the end.
+    What is written is committed every thousand rows (of wide rows: every 64 MiB) and, whatever happens, at the end.
     """
     bad: dict[int, str] = {}
     rows = _RowWriter(writer, embedder.watch)
@@ -152,24 +154,26 @@ def fill_shard(
 
 @dataclass(eq=False)
 class _RowWriter:
-    """Writes batches into a shard, and commits them every thousand rows."""
+    """Writes batches into a shard, and commits them now and then."""
 
     shard: ShardWriter
     watch: Stopwatch
     n_uncommitted: int = 0
+    n_bytes: int = 0  # of these, as they were computed
 
     def write(self, batch: EmbeddedBatch) -> None:
         with self.watch.stage("write"):
             if batch.views:
                 self.shard.write(np.array([view.slot for view in batch.views], dtype=np.int64), batch.features)
         self.n_uncommitted += len(batch.views)
-        if self.n_uncommitted >= _ROWS_PER_COMMIT:
+        self.n_bytes += batch.features.nbytes
+        if self.n_uncommitted >= _ROWS_PER_COMMIT or self.n_bytes >= _BYTES_PER_COMMIT:
             self.commit()
 
     def commit(self) -> None:
         with self.watch.stage("write"):
             self.shard.commit()
-        self.n_uncommitted = 0
+        self.n_uncommitted = self.n_bytes = 0
 
 
 def _why_it_does_not_fit(features: npt.NDArray[np.float32], dtype: str) -> str:

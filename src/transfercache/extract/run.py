@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from transfercache.cache.blocks import rows_within
 from transfercache.cache.neighbours import Neighbour
 from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, OK, Rows
@@ -32,8 +33,8 @@ class _Names(TypedDict):
     has_given_split: bool
 
 
-# Copied at once: a megabyte or two.
-_ROWS_PER_COPY = 1024
+# Copied at once.
+_BYTES_PER_COPY = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,9 @@ class ExtractionRun:
         n_copied = 0
         try:
             with self.embedder.watch.stage("copy"):
-                for start in range(0, len(found), _ROWS_PER_COPY):
-                    keys = found[start : start + _ROWS_PER_COPY]
+                n_rows = rows_within(_BYTES_PER_COPY, neighbour.catalogue.dim)
+                for start in range(0, len(found), n_rows):
+                    keys = found[start : start + n_rows]
                     features = neighbour.slots.take(keys)
                     writer.write(np.array([left.pop(key).slot for key in keys], dtype=np.int64), features)
                     n_copied += len(keys)

@@ -1,16 +1,18 @@
-"""Rows in, batches of pixels out: decoded in threads a bounded way ahead, in an order that the threads do not touch."""
+"""Rows in, batches of inputs out: decoded in threads a bounded way ahead, in an order that the threads do not touch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from transfercache.errors import DecodeError
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.finetuning.trivial import trivial_augment
 from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
@@ -28,10 +30,28 @@ PREFETCHED_BATCHES = 4
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Images of one step."""
+    """What one step takes."""
 
     rows: Int64Array  # int64 [B], manifest rows
-    pixels: UInt8Array  # uint8 [B, crop, crop, 3]
+    inputs: npt.NDArray[np.generic]  # [B, ...]: of images their pixels, uint8 [B, crop, crop, 3]
+
+
+class Reader(Protocol):
+    """Where the batches of a run come from; what it has `bad` (row -> reason) it leaves out."""
+
+    bad: dict[int, str]
+
+    def readable(self, rows: Int64Array) -> Int64Array:
+        """Return `rows` without those known to be bad, in the same order."""
+        ...
+
+    def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
+        """Yield the epoch's batches of `rows`, those that come after the row `after` in its order."""
+        ...
+
+    def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
+        """Yield the rows in their order, as they are evaluated."""
+        ...
 
 
 @dataclass
@@ -51,15 +71,23 @@ class ImageReader:
         """Return `rows` without those known to be bad, in the same order."""
         return rows[[row not in self.bad for row in rows.tolist()]]
 
-    def training_batches(self, rows: Int64Array, epoch: int) -> Iterator[Batch]:
-        """Yield the epoch's augmented batches: order and crops depend on seed, epoch and row, not on the threads."""
-        order = derive_rng(self.options.seed, "order", epoch).permutation(self.readable(rows))
+    def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
+        """Yield the epoch's augmented batches: order and crops depend on seed, epoch and row, not on the threads.
+
+        Those up to the row `after`, which ended a batch, are left out without being read.
+        """
+        order = derive_rng(self.options.seed, "order", epoch).permutation(rows)
+        start = 0 if after is None else int(np.flatnonzero(order == after)[0]) + 1
 
         def load(row: int) -> UInt8Array:
+            if self.options.augment == "none":
+                return eval_pixels(self._image(row), self.preprocessing)
             rng = derive_rng(self.options.seed, "augment", epoch, row)
-            return train_pixels(self._image(row), self.preprocessing, rng)
+            area = self.options.crop_area
+            pixels = train_pixels(self._image(row), self.preprocessing, rng, least_area=area)
+            return pixels if self.options.augment == "crop" else np.array(trivial_augment(fromarray(pixels), rng))
 
-        return group_images(self._images(order, load), self.options.batch_size)
+        return group_images(self._images(order[start:], load), self.options.batch_size)
 
     def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
         """Yield the rows in their order, through the eval transform."""

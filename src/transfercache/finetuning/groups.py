@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,33 +15,44 @@ from transfercache.backbones.stages import HEAD, parameter_stage
 from transfercache.errors import UsageError, did_you_mean
 from transfercache.finetuning.options import FinetuneOptions
 
-BACKBONE = "backbone"
-
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that share a learning rate; `lr` is that of the first step, `parameters` counts scalars."""
+    """Parameters that share a learning rate: a stage's, or the head's; `lr` is the highest of the run.
+
+    `parameters` counts scalars. `weight_decay` is that of matrices and kernels; biases and norms have none (He et al.
+    2019, "Bag of Tricks", section 3.1).
+    """
 
     name: str
     stages: tuple[str, ...]
     lr: float
+    weight_decay: float
     parameters: int
 
 
 def describe_groups(backbone: Backbone, options: FinetuneOptions, *, n_classes: int) -> tuple[ParameterGroup, ...]:
-    """Return the groups that train, backbone before head; no backbone group where every stage is frozen.
+    """Return the groups that train: the stages in the network's order, then the head.
 
-    Raises UsageError for a stage that the backbone does not have.
+    The rate of the network's last stage is `lr_backbone`, and each stage before it has `lr_decay` times that of the
+    next (Howard and Ruder 2018, section 3.2). Raises UsageError for a stage that the backbone does not have.
     """
-    stages = unfrozen_stages(backbone, options)
-    rates = options.learning_rates()
+    rates, decay = options.learning_rates(), options.decay()
+    sizes, names = count_parameters(backbone), [stage.name for stage in backbone.stages]
+    groups = []
+    for stage in unfrozen_stages(backbone, options):
+        steps = len(names) - 1 - names.index(stage)
+        groups.append(ParameterGroup(stage, (stage,), rates["backbone"] * options.lr_decay**steps, decay, sizes[stage]))
+    return (*groups, ParameterGroup(HEAD, (HEAD,), rates["head"], decay, (backbone.dim + 1) * n_classes))
+
+
+def count_parameters(backbone: Backbone) -> dict[str, int]:
+    """Return stage name -> how many scalars it has."""
     stage_of = parameter_stage(backbone.network, backbone.stages, backbone.head_path)
-    sizes = {name: parameter.numel() for name, parameter in backbone.network.named_parameters()}
-    n_backbone = sum(size for name, size in sizes.items() if stage_of[name] in stages)
-    head = ParameterGroup(HEAD, (HEAD,), rates[HEAD], (backbone.dim + 1) * n_classes)
-    if not stages:
-        return (head,)
-    return (ParameterGroup(BACKBONE, stages, rates[BACKBONE], n_backbone), head)
+    sizes: Counter[str] = Counter()
+    for name, parameter in backbone.network.named_parameters():
+        sizes[stage_of[name]] += parameter.numel()
+    return sizes
 
 
 def unfrozen_stages(backbone: Backbone, options: FinetuneOptions) -> tuple[str, ...]:
@@ -70,17 +82,19 @@ def freeze_stages(network: nn.Module, backbone: Backbone, stages: Collection[str
 def optimizer_groups(
     network: nn.Module, backbone: Backbone, groups: Collection[ParameterGroup]
 ) -> list[dict[str, Any]]:
-    """Return torch's parameter groups (params, lr, initial_lr, name) for `groups`, in their order."""
+    """Return torch's parameter groups (name, params, lr, initial_lr, weight_decay), two of a name for each of `groups`.
+
+    The second holds biases, norms and all else of one dimension, whose weight decay is 0.
+    """
     stage_of = parameter_stage(network, backbone.stages, backbone.head_path)
-    return [
-        {
-            "name": group.name,
-            "params": [p for name, p in network.named_parameters() if stage_of[name] in group.stages],
-            "lr": group.lr,
-            "initial_lr": group.lr,
-        }
-        for group in groups
-    ]
+    built = []
+    for group in groups:
+        own = [p for name, p in network.named_parameters() if stage_of[name] in group.stages]
+        wide, narrow = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        rate = {"name": group.name, "lr": group.lr, "initial_lr": group.lr}
+        built.append({**rate, "params": wide, "weight_decay": group.weight_decay})
+        built.append({**rate, "params": narrow, "weight_decay": 0.0})
+    return [group for group in built if group["params"]]
 
 
 def set_training_modes(network: nn.Module, *, batch_norm: str) -> None:

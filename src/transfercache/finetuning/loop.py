@@ -2,58 +2,43 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from transfercache.backbones.canaries import canary_pixels
-from transfercache.backbones.engines import full_float32
+from transfercache.backbones.devices import forget_peak_memory, memory_errors
+from transfercache.backbones.engines import full_float32, normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.backbones.weights import seeded
-from transfercache.errors import DataError, UsageError
-from transfercache.finetuning.batches import Batch, ImageReader
+from transfercache.finetuning.activations import ActivationReader, Activations, part_behind
+from transfercache.finetuning.batches import ImageReader, Reader
+from transfercache.finetuning.checkpoints import Checkpoints
 from transfercache.finetuning.groups import ParameterGroup, describe_groups
 from transfercache.finetuning.options import FinetuneOptions
-from transfercache.finetuning.result import EpochRecord, FinetuneResult
-from transfercache.finetuning.rows import DividedRows, divide_rows
+from transfercache.finetuning.precision import describe_compute, training_compute
+from transfercache.finetuning.result import FinetuneResult
+from transfercache.finetuning.rows import divide_rows
+from transfercache.finetuning.start import head_digest, match_head, put_head
 from transfercache.finetuning.trainer import Trainer, build_trainer
+from transfercache.finetuning.training import OnEpoch, OnLine, Run, evaluate, train
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
 from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
-Int64Array = npt.NDArray[np.int64]
-OnEpoch = Callable[[EpochRecord], None]
-
-
-@dataclass
-class _Run:
-    """One run's parts, passed around together."""
-
-    manifest: Manifest
-    rows: DividedRows
-    reader: ImageReader
-    trainer: Trainer
-
-
-@dataclass(frozen=True)
-class _Best:
-    epoch: int
-    loss: float
-    state: dict[str, torch.Tensor]
+# Of what a checkpoint holds; one of another number is of another run.
+_CHECKPOINT_FORMAT = 1
 
 
 def finetune(
@@ -63,43 +48,97 @@ def finetune(
     options: FinetuneOptions,
     spec: ExtractSpec,
     device: torch.device,
+    start: LinearHead | None = None,
+    activations: Activations | None = None,
+    checkpoints: Checkpoints | None = None,
     on_epoch: OnEpoch | None = None,
+    on_line: OnLine | None = None,
 ) -> FinetuneResult:
-    """Train a copy of `backbone` with a new head on the training rows, and evaluate it once on the reported ones.
+    """Train a copy of `backbone` with a head on the training rows, and evaluate it once on the reported ones.
 
-    The same seed gives the same bits on the same machine's CPU, whatever `options.workers`. `backbone` stays as it
-    was; `spec` goes into the head. An unreadable image is listed in the result's `bad`; from the epoch that met it on
-    it is left out, and the run goes on. Raises DataError where nothing can train, UsageError for a stage that the
-    backbone does not have and for rates at which the loss stops being a number.
+    The head is new, or `start`, with the lower rates of a trained one. The same seed gives the same bits on the same
+    machine's CPU, whatever `options.workers`, and wherever it was stopped and resumed. `backbone` stays as it was;
+    `spec` goes into the head. An unreadable image is listed in the result's `bad`; from the epoch that met it on it is
+    left out, and the run goes on. `on_line` is told what it computes in and where it goes on. Raises DataError where
+    nothing can train, UsageError for a stage that the backbone does not have, a head that does not fit, checkpoints of
+    another run, and rates at which the loss stops being a number.
     """
     stopwatch = Stopwatch()
+    forget_peak_memory(device)
+    options = replace(options, has_head=start is not None)
+    compute = training_compute(options.compute, device)
+    cached = None if activations is None else activations.describe()
     groups = describe_groups(backbone, options, n_classes=len(manifest.class_names))
     rows = divide_rows(manifest, select=options.select, seed=options.seed)
     network = network_with_head(backbone, len(manifest.class_names), seed=options.seed)
-    trainer = build_trainer(network, backbone, groups, options=options, device=device, stopwatch=stopwatch)
-    run = _Run(manifest, rows, ImageReader(manifest, backbone.preprocessing, options, stopwatch), trainer)
+    if start is not None:
+        start = match_head(start, spec=spec, class_names=manifest.class_names)
+        put_head(network, backbone, start)
+    if checkpoints is not None:
+        identity = _identity(manifest, backbone, options, compute=compute, device=device, start=start)
+        checkpoints.identity = {**identity, "cached activations": cached}
+    if on_line is not None:
+        on_line(describe_compute(compute, device))
+    build = partial(build_trainer, network, backbone, groups, options=options, compute=compute, device=device)
+    reader: Reader
+    if activations is None:
+        trainer = build(prepare=partial(normalise, preprocessing=backbone.preprocessing))
+        reader = ImageReader(manifest, backbone.preprocessing, options, stopwatch)
+    else:
+        trainer = build(prepare=activations.prepare, take_part=partial(part_behind, backbone, activations.stage))
+        reader = ActivationReader(activations, options, stopwatch)
+    run = Run(manifest, rows, reader, trainer, stopwatch)
     with full_float32():
         with _seeded(device, derive_seed(options.seed, "dropout")):
-            epochs, chosen_epoch = _train(run, on_epoch)
-        reported_rows, logits = _evaluate(run, rows.reported, desc="evaluate")
-        canary_logits = trainer.forward_logits(canary_pixels(backbone.preprocessing.crop))
-    network.to("cpu").to(memory_format=torch.contiguous_format)
-    bad = run.reader.bad
+            epochs, chosen_epoch = train(run, checkpoints=checkpoints, on_epoch=on_epoch, on_line=on_line)
+        reported_rows, logits = evaluate(run, rows.reported, desc="evaluate")
+        canary_logits = _canary_logits(trainer, backbone)
+    kept = trainer.kept.to("cpu").to(memory_format=torch.contiguous_format)
     return FinetuneResult(
-        network=network,
-        head=_linear_head(run, backbone, groups=groups, spec=spec, chosen_epoch=chosen_epoch),
-        backbone_tensors=_trunk_tensors(network, backbone.head_path),
+        network=kept,
+        head=_linear_head(
+            run, backbone, groups=groups, spec=spec, chosen_epoch=chosen_epoch, start=start, cached=cached
+        ),
+        backbone_tensors=_trunk_tensors(kept, backbone.head_path),
         groups=groups,
+        compute=compute,
         epochs=epochs,
         chosen_epoch=chosen_epoch,
         n_train_per_class=_count_trained(run),
         reported_rows=reported_rows,
         probabilities=torch.softmax(logits, dim=1).numpy(),
-        bad=tuple((manifest.paths[row], bad[row]) for row in sorted(bad)),
+        bad=tuple((manifest.paths[row], reader.bad[row]) for row in sorted(reader.bad)),
         passes=trainer.passes,
-        seconds=stopwatch.seconds(),
-        canary_logits=canary_logits.float().numpy(),
+        seconds=run.seconds(),
+        canary_logits=canary_logits.numpy(),
     )
+
+
+def _identity(
+    manifest: Manifest,
+    backbone: Backbone,
+    options: FinetuneOptions,
+    *,
+    compute: str,
+    device: torch.device,
+    start: LinearHead | None,
+) -> dict[str, Any]:
+    """Return all that the run's end depends on, by the names that a message uses."""
+    rows = hashlib.sha256(json.dumps(manifest.class_names).encode())
+    for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
+        rows.update(np.ascontiguousarray(array).tobytes())
+    # The number of threads changes no bit.
+    named = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "workers"}
+    return {
+        **named,
+        "format": _CHECKPOINT_FORMAT,
+        "--compute": compute,
+        "--device": device.type,
+        "--backbone": backbone.name,
+        "weights of the backbone": backbone.weights_digest,
+        "images, labels or split": rows.hexdigest(),
+        "--init-head": None if start is None else head_digest(start),
+    }
 
 
 @contextmanager
@@ -115,102 +154,42 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _train(run: _Run, on_epoch: OnEpoch | None) -> tuple[tuple[EpochRecord, ...], int]:
-    """Run the whole schedule; leave the network as it was after the chosen epoch, and return that epoch."""
-    n_epochs = run.trainer.options.epochs
-    records: list[EpochRecord] = []
-    best: _Best | None = None
-    for epoch in range(1, n_epochs + 1):
-        record = _run_epoch(run, epoch)
-        records.append(record)
-        if on_epoch is not None:
-            on_epoch(record)
-        if record.selection_loss is not None and (best is None or record.selection_loss < best.loss):
-            best = _Best(epoch, record.selection_loss, copy.deepcopy(run.trainer.network.state_dict()))
-    if best is None:
-        return tuple(records), n_epochs
-    run.trainer.network.load_state_dict(best.state)
-    return tuple(records), best.epoch
+def _canary_logits(trainer: Trainer, backbone: Backbone) -> torch.Tensor:
+    """Return the logits of the whole kept network on the canaries, float32 [4, C] on the CPU."""
+    pixels = torch.from_numpy(canary_pixels(backbone.preprocessing.crop)).to(trainer.device)
+    with torch.inference_mode(), memory_errors(trainer.device):
+        logits: torch.Tensor = trainer.kept.eval()(normalise(pixels, backbone.preprocessing))
+        return logits.cpu()
 
 
-def _run_epoch(run: _Run, epoch: int) -> EpochRecord:
-    n_epochs = run.trainer.options.epochs
-    rows = run.reader.readable(run.rows.train)
-    start = time.perf_counter()
-    with closing(_shown(run.reader.training_batches(rows, epoch), len(rows), f"epoch {epoch}/{n_epochs}")) as batches:
-        totals = run.trainer.train_epoch(batches, run.manifest.labels, epoch=epoch, n_rows=len(rows))
-    seconds = time.perf_counter() - start
-    if not totals.n_rows:
-        raise _none_can_be_read(run, run.rows.train, "training")
-    selection_loss, selection_accuracy = _select(run) if len(run.rows.held_out) else (None, None)
-    if not math.isfinite(totals.loss) or not math.isfinite(selection_loss or 0.0):
-        rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in run.trainer.rates(0.0).items())
-        raise UsageError(
-            f"epoch {epoch}: the loss is {totals.loss}; the rates are too high, give lower ones than {rates}"
-        )
-    return EpochRecord(
-        epoch=epoch,
-        lr=run.trainer.rates((epoch - 1) / n_epochs),
-        train_loss=totals.loss,
-        train_accuracy=totals.accuracy,
-        seconds=seconds,
-        images_per_second=totals.n_rows / seconds,
-        selection_loss=selection_loss,
-        selection_accuracy=selection_accuracy,
-    )
-
-
-def _select(run: _Run) -> tuple[float, float]:
-    """Return log loss and accuracy on the held-out training rows."""
-    rows, logits = _evaluate(run, run.rows.held_out, desc="select")
-    if not len(rows):
-        raise _none_can_be_read(run, run.rows.held_out, "held-out")
-    labels = torch.from_numpy(run.manifest.labels[rows])
-    accuracy = (logits.argmax(dim=1) == labels).double().mean()
-    return cross_entropy(logits, labels).item(), accuracy.item()
-
-
-def _none_can_be_read(run: _Run, rows: Int64Array, kind: str) -> DataError:
-    first = int(rows[0])
-    return DataError(
-        f"{run.manifest.root}: none of the {len(rows)} {kind} images can be read; "
-        f"the first is {run.manifest.paths[first]}: {run.reader.bad[first]}"
-    )
-
-
-def _evaluate(run: _Run, rows: Int64Array, *, desc: str) -> tuple[Int64Array, torch.Tensor]:
-    """Return those of `rows` that can be read, int64 [M], and their logits in eval mode, float64 [M, C]."""
-    read = [rows[:0]]
-    logits = [torch.zeros(0, len(run.manifest.class_names), dtype=torch.float64)]
-    stage = run.trainer.stopwatch.stage("evaluate")
-    with stage, closing(_shown(run.reader.eval_batches(rows), len(rows), desc)) as batches:
-        for batch in batches:
-            logits.append(run.trainer.forward_logits(batch.pixels))
-            read.append(batch.rows)
-            run.trainer.passes += len(batch.rows)
-    return np.concatenate(read), torch.cat(logits)
-
-
-def _shown(batches: Iterator[Batch], n_rows: int, desc: str) -> Generator[Batch, None, None]:
-    """Pass `batches` on under a progress bar that counts images."""
-    with tqdm(total=n_rows, desc=desc, unit="image", leave=False, file=sys.stderr, disable=None) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch.rows))
-
-
-def _count_trained(run: _Run) -> Int64Array:
+def _count_trained(run: Run) -> npt.NDArray[np.int64]:
     """Return int64 [C]: the training images of each class that could be read."""
     labels = run.manifest.labels[run.reader.readable(run.rows.train)]
     return np.bincount(labels, minlength=len(run.manifest.class_names))
 
 
 def _linear_head(
-    run: _Run, backbone: Backbone, *, groups: tuple[ParameterGroup, ...], spec: ExtractSpec, chosen_epoch: int
+    run: Run,
+    backbone: Backbone,
+    *,
+    groups: tuple[ParameterGroup, ...],
+    spec: ExtractSpec,
+    chosen_epoch: int,
+    start: LinearHead | None,
+    cached: str | None,
 ) -> LinearHead:
-    options = run.trainer.options
-    by = "fixed schedule" if options.select is None else f"log loss on {options.select:g} of the training rows"
-    linear = run.trainer.network.get_submodule(backbone.head_path)
+    options = asdict(run.trainer.options)
+    select = options["select"]
+    for name in (
+        "lr_backbone",
+        "lr_head",
+        "weight_decay",
+        "unfreeze",
+        "workers",
+        "has_head",
+    ):  # said by groups and start
+        del options[name]
+    linear = run.trainer.kept.get_submodule(backbone.head_path)
     tensors = {name: tensor.detach().numpy().copy() for name, tensor in linear.named_parameters()}
     return LinearHead(
         weight=tensors["weight"],
@@ -221,12 +200,11 @@ def _linear_head(
         n_train=int(_count_trained(run).sum()),
         chosen={
             "epoch": chosen_epoch,
-            "epochs": options.epochs,
-            "by": by,
-            "batch_size": options.batch_size,
-            "schedule": options.schedule,
-            "batch_norm": options.batch_norm,
-            "seed": options.seed,
+            "by": "fixed schedule" if select is None else f"log loss on {select:g} of the training rows",
+            **options,
+            "compute": run.trainer.compute,
+            "start": "new head" if start is None else start.solver,
+            "cached": cached,
             "groups": [{**asdict(group), "stages": list(group.stages)} for group in groups],
         },
     )

@@ -19,11 +19,14 @@ class EpochRecord:
     """One epoch, counted from 1; the training figures are those of the augmented images as they were trained on."""
 
     epoch: int
-    lr: Mapping[str, float]  # group name -> rate at the epoch's first step
-    train_loss: float
+    lr: dict[str, float]  # group name -> rate at the epoch's first step
+    train_loss: float  # as it was minimised: with label smoothing and mixup, where they are on
     train_accuracy: float
     seconds: float  # training alone; selection is not in it
     images_per_second: float
+    passes: int  # images through the network, forward, since the run began; selection is in it
+    peak_memory_bytes: int  # so far: of torch's tensors on an NVIDIA GPU, elsewhere of the process
+    n_bad: int  # images that cannot be read, known so far
     selection_loss: float | None = None  # held-out log loss; None without --select
     selection_accuracy: float | None = None
 
@@ -36,6 +39,7 @@ class FinetuneResult:
     head: LinearHead  # the network's final linear layer
     backbone_tensors: Mapping[str, npt.NDArray[Any]]  # the state_dict without the head; shares the network's memory
     groups: tuple[ParameterGroup, ...]
+    compute: str  # that of training: fp32, bf16 or fp16
     epochs: tuple[EpochRecord, ...]
     chosen_epoch: int
     n_train_per_class: npt.NDArray[np.int64]  # int64 [C], images in the last epoch: not the bad and the held-out ones

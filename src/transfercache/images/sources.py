@@ -45,6 +45,12 @@ def read_source(data: str | Path) -> Manifest:
     )
 
 
+def read_images(words: Sequence[str]) -> Manifest:
+    """Scan one CSV file or name as `read_source` does, and all else as `read_paths`: of a folder every image below."""
+    is_data = len(words) == 1 and (words[0] in NAMED or words[0].lower().endswith(".csv"))
+    return read_source(words[0]) if is_data and not Path(words[0]).expanduser().is_dir() else read_paths(words)
+
+
 def read_paths(paths: Sequence[str | Path]) -> Manifest:
     """Return an unlabelled manifest of files and folders in the given order (folders sorted, with all below them).
 

@@ -20,7 +20,7 @@ _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resamplin
 _MAX_ASPECT = 200
 
 # RandomResizedCrop as in the tutorial: torchvision's defaults, after Szegedy et al. 2015.
-_AREA = (0.08, 1.0)
+_LEAST_AREA = 0.08
 _ASPECT = (3 / 4, 4 / 3)
 _TRIES = 10
 _FLIP_PROBABILITY = 0.5
@@ -86,26 +86,30 @@ def _centre(length: int, crop: int) -> int:
     return -((crop - length) // 2) if crop > length else round((length - crop) / 2)
 
 
-def train_pixels(image: Picture, preprocessing: Preprocessing, rng: np.random.Generator) -> UInt8Array:
+def train_pixels(
+    image: Picture, preprocessing: Preprocessing, rng: np.random.Generator, *, least_area: float = _LEAST_AREA
+) -> UInt8Array:
     """Return uint8 [crop, crop, 3]: a random part of the image brought to size, and mirrored half of the time.
 
-    Draws from `rng` alone, so that the same generator gives the same view in any thread. Given the box, bit for bit
-    torchvision's resized_crop on the same Pillow image.
+    The part has at least the share `least_area` of the image. Draws from `rng` alone, so that the same generator gives
+    the same view in any thread. Given the box, bit for bit torchvision's resized_crop on the same Pillow image.
     """
-    top, left, height, width = draw_crop(*image.size, rng)
+    top, left, height, width = draw_crop(*image.size, rng, least_area=least_area)
     part = image.crop((left, top, left + width, top + height))
     side = preprocessing.crop
     pixels = np.array(part.resize((side, side), _RESAMPLING[preprocessing.interpolation]))
     return np.ascontiguousarray(pixels[:, ::-1]) if rng.random() < _FLIP_PROBABILITY else pixels
 
 
-def draw_crop(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def draw_crop(
+    width: int, height: int, rng: np.random.Generator, *, least_area: float = _LEAST_AREA
+) -> tuple[int, int, int, int]:
     """Return top, left, height and width in pixels of a box of random area and aspect within the image.
 
     As torchvision's RandomResizedCrop: ten tries, then the largest centred box of an allowed aspect.
     """
     for _ in range(_TRIES):
-        area = width * height * rng.uniform(*_AREA)
+        area = width * height * rng.uniform(least_area, 1.0)
         aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:

@@ -17,7 +17,7 @@ from transfercache.backbones.available import DEFAULT, RANDOM
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
 from transfercache.backbones.known import FrozenBackbone, find_backbone
-from transfercache.errors import ModelError
+from transfercache.errors import ModelError, UsageError, WeightsError
 from transfercache.models.head_file import Model, check_canaries
 from transfercache.spec import ExtractSpec
 
@@ -29,7 +29,12 @@ def load_engine(model: Model, path: Path, *, weights: str | None, choice: Choice
     Raises WeightsError where they cannot be had or have another digest, ModelError where the tensors in the file do
     not fit the backbone, are not those of the head's spec, or give other canary logits than were saved.
     """
-    engine = choice.build(_load_backbone(model, path, weights=weights))
+    return checked_engine(model, path, load_backbone_of(model, path, weights=weights), choice=choice)
+
+
+def checked_engine(model: Model, path: Path, backbone: FrozenBackbone, *, choice: Choice) -> Engine:
+    """Return the engine of a model's `backbone`; raises ModelError where its canary logits are not those saved."""
+    engine = choice.build(backbone)
     features = engine.embed(canary_pixels(model.head.spec.preprocessing.crop))  # float32 [4, D]
     check_canaries(path, model, features)
     return engine
@@ -51,16 +56,36 @@ def frozen_tensors(spec: ExtractSpec, source: Mapping[str, str], *, weights: str
     return {name: tensor.numpy() for name, tensor in network.state_dict().items()}
 
 
-def _load_backbone(model: Model, path: Path, *, weights: str | None) -> FrozenBackbone:
+def load_backbone_of(model: Model, path: Path, *, weights: str | None) -> FrozenBackbone:
+    """Return the backbone of `model`, which was read from `path`: from its own tensors, else as `load_frozen` does.
+
+    Raises WeightsError where its weights are not to be had, and ModelError where this machine's torchvision or timm
+    does not know the backbone, or the tensors in the file do not fit it.
+    """
     spec = model.head.spec
-    if model.is_finetuned:
-        return _from_tensors(model.backbone_tensors, spec, path)
-    if weights is not None or not model.bundled_tensors:
-        return load_frozen(spec, model.weights_source, weights=weights)
-    backbone = _from_tensors(model.bundled_tensors, spec, path)
+    try:
+        if model.is_finetuned:
+            return _from_tensors(model.backbone_tensors, spec, path)
+        if weights is not None or not model.bundled_tensors:
+            _check_still_there(model, path, weights=weights)
+            return load_frozen(spec, model.weights_source, weights=weights)
+        backbone = _from_tensors(model.bundled_tensors, spec, path)
+    except UsageError as error:
+        raise ModelError(
+            f"{path}: its backbone cannot be built here ({error}); install the versions that its model card names"
+        ) from error
     if backbone.weights_digest != spec.weights_digest:
         raise ModelError(f"{path}: the backbone bundled in it fails its digest; train it again, or pass --weights PATH")
     return backbone
+
+
+def _check_still_there(model: Model, path: Path, *, weights: str | None) -> None:
+    source, spec = model.weights_source, model.head.spec
+    if weights is None and source.get("kind") == "file" and not Path(source.get("where", "")).is_file():
+        raise WeightsError(
+            f"{source.get('where')}: no such file, and {path} needs these weights of {spec.backbone} (digest "
+            f"{spec.weights_digest[:12]}...); pass --weights PATH with where they are now"
+        )
 
 
 def _from_tensors(arrays: Mapping[str, npt.NDArray[Any]], spec: ExtractSpec, path: Path) -> FrozenBackbone:
