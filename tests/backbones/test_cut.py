@@ -11,7 +11,8 @@ from torch import nn
 
 from transfercache.backbones.available import is_openvino_installed, kept_networks
 from transfercache.backbones.cut import cut_after, frozen_part, share_behind
-from transfercache.backbones.engines import EagerEngine, canary_pixels, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine, normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.errors import UsageError
 

@@ -14,7 +14,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from transfercache.backbones.engines import EagerEngine, canary_pixels, normalise
+from transfercache.backbones.canaries import canary_pixels
+from transfercache.backbones.engines import EagerEngine, normalise
 from transfercache.backbones.registry import load_backbone
 from transfercache.commands.export import export
 from transfercache.commands.extract import extract_features
