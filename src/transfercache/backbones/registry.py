@@ -40,6 +40,7 @@ class Backbone:
     weights_source: dict[str, str]  # kind: default | file | random | package | hub; where; licence
     stages: tuple[Stage, ...]
     boundary: str = "pooled"  # the input of the last nn.Linear that runs
+    weights_file: Path | None = None  # what was read; None for random ones, and for those of a hub
 
     def load(self) -> Backbone:
         """Return itself: a `known.FrozenBackbone` that is loaded."""

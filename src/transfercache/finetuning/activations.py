@@ -48,7 +48,7 @@ class Activations:
         shape = self.table.spec.row_shape
         if shape is None:
             raise ValueError(f"rows of {self.table.spec.boundary} are no activations")
-        activations = rows.unflatten(1, shape)
+        activations: torch.Tensor = rows.unflatten(1, shape)
         return activations.contiguous(memory_format=torch.channels_last) if activations.ndim == 4 else activations
 
 
