@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from made_photos import make_photos
-from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from turns import in_turns, ratios, sgemm_gflops, spread
@@ -44,15 +43,6 @@ from transfercache.images.sources import read_source
 from transfercache.splits import Split
 
 _CPU = torch.device("cpu")
-
-
-def make_noise(folder: Path, n_images: int) -> None:
-    """Write images of noise in two classes, of the size of photographs, as JPEG."""
-    for number in range(n_images):
-        path = folder / f"class {number % 2}" / f"{number:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = np.random.default_rng(number).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-        Image.fromarray(coarse).resize((480, 320), Image.Resampling.BILINEAR).save(path)
 
 
 def read_training(folder: Path) -> Manifest:
@@ -138,12 +128,7 @@ def main(given: argparse.Namespace) -> None:
     backbone = load_backbone(given.backbone, weights=given.weights)
     last = FinetuneOptions(unfreeze=backbone.stages[-1].name, augment="none")
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder) / "images"
-        if given.photographs:
-            make_photos(where, given.images, source=given.photographs)
-        else:
-            make_noise(where, given.images)
-        manifest = read_training(where)
+        manifest = read_training(make_photos(Path(folder) / "images", given.images, source=given.photographs))
         extraction, activations = cache_activations(
             manifest,
             backbone,
@@ -153,6 +138,7 @@ def main(given: argparse.Namespace) -> None:
             choice=choose_engine(device="cpu"),
             hash_seconds=0.0,
         )
+        made = {"seconds": round(extraction.record["seconds"], 2), "engine": extraction.engine}
         by_compute = {
             compute: measure(manifest, backbone, activations, compute=compute, repeats=given.repeats)
             for compute in given.compute.split(",")
@@ -161,7 +147,7 @@ def main(given: argparse.Namespace) -> None:
         "images": manifest.n_rows,
         "n": max(given.repeats, 1),
         "cached": activations.describe(),
-        "extraction": {"seconds": round(extraction.record["seconds"], 2), "engine": extraction.engine},
+        "extraction": made,
         "epoch": by_compute,
         "environment": describe_environment(),
     }

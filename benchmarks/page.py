@@ -23,6 +23,8 @@ Figures on GPUs are open, as none was at hand: images a second on device tensors
 against the CPU's, bf16 and fp16, and batch sizes.
 """
 
+_PARTIAL = "partial/epoch/fp32/partial against "
+
 #: What is measured, what it should be, and where it stands: the benchmark and its keys.
 _TARGETS = (
     ("extraction, times faster than the plain loop", ">= 1.8 (AVX2), 1.6", "extract/processes/tlc/times_faster"),
@@ -42,6 +44,10 @@ _TARGETS = (
     ("out of core, logistic, relative gap", "<= 1e-3", "out_of_core/logistic/relative_gap"),
     ("whole process of `train-head`, seconds", "<= 1.0", "startup/seconds/tlc train-head CACHE --solver logistic"),
     ("the same, times numpy and h5py", "<= 6", "startup/seconds/tlc train-head CACHE --solver logistic/ratio"),
+    ("layer4 from cached layer3, times faster an epoch than on images", ">= 1.8", _PARTIAL + "on images/times_faster"),
+    ("the same, over the ratio of its arithmetic", "beside it", _PARTIAL + "on images/of_arithmetic"),
+    ("against training all stages, times faster", "beside it", _PARTIAL + "full/times_faster"),
+    ("the same, over the ratio of its arithmetic", "beside it", _PARTIAL + "full/of_arithmetic"),
     ("label errors, recall in the top 5 %", ">= 0.75", "label_errors/mean/recall_in_as_many"),
     ("label errors, recall in the top 10 %", ">= 0.9", "label_errors/mean/recall_in_twice_as_many"),
 )

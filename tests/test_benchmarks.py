@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from transfercache.environment import describe_environment, n_cores, processor_name
@@ -34,6 +35,7 @@ def test_every_benchmark__is_run_here() -> None:
         "bench_label_errors.py",
         "bench_lp_ft.py",
         "bench_out_of_core.py",
+        "bench_partial.py",
         "bench_peers.py",
         "bench_startup.py",
         "bench_storage_dtype.py",
@@ -170,7 +172,8 @@ def test_run_all__keeps_what_is_there_and_writes_the_page(tmp_path: Path) -> Non
 def _names() -> list[str]:
     """The order of the page, which leaves no benchmark out."""
     names = [
-        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "lp_ft", "compare", "cache",
+        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "lp_ft", "partial", "compare",
+        "cache",
         "storage_dtype", "views",
     ]  # fmt: skip
     assert sorted(names) == sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
@@ -197,3 +200,15 @@ def test_bench_lp_ft(tmp_path: Path) -> None:
     assert set(seed) == {"finetune", "lp-ft"}
     assert all(losses["held_out_loss"] > 0 for losses in seed.values())
     assert printed["lp_ft_is_lower"] == (seed["lp-ft"]["held_out_loss"] < seed["finetune"]["held_out_loss"])
+
+
+def test_bench_partial(tmp_path: Path) -> None:
+    words = ("--images=4", "--repeats=0", "--compute=fp32")
+    printed = run("bench_partial.py", *words, folder=tmp_path)
+    assert printed["cached"] == "layer3 256x14x14, float16, 1 views"
+    figures = printed["epoch"]["fp32"]
+    arithmetic = {name: figures[f"partial against {name}"]["arithmetic"] for name in ("on images", "full")}
+    # Of ResNet-18: forward F, and twice that back for what trains, but for the gradients of a first layer's inputs.
+    assert arithmetic == pytest.approx({"on images": 2.2, "full": 4.4}, rel=0.05)
+    assert figures["partial against full"]["times_faster"]["median"] > 0
+    assert figures["partial"]["of_sgemm"]["median"] > 0

@@ -116,10 +116,10 @@ def test_extract__by_default_20_gb_of_activations_and_no_bound_for_embeddings(
     pets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(space, "shard_bytes", lambda *_, **__: 21 * 10**9)
-    with pytest.raises(UsageError, match="21.0 GB in all, more than --max-bytes 20.0 GB; pass --max-bytes 21GB"):
+    with pytest.raises(UsageError, match=r"21.0 GB in all, more than --max-bytes 20.0 GB; pass --max-bytes 21GB"):
         extract_features(pets, **SMALL, boundary="layer3", cache_dir=tmp_path)
     assert extract_features(pets, **SMALL, cache_dir=tmp_path).computed == 16
-    with pytest.raises(UsageError, match="pooled: 16 rows of .* more than --max-bytes 1.0 GB"):
+    with pytest.raises(UsageError, match=r"pooled: 16 rows of .* more than --max-bytes 1.0 GB"):
         extract_features(pets, **SMALL, cache_dir=tmp_path / "other", max_bytes="1GB")
 
 
@@ -161,7 +161,7 @@ def test_parse_bytes(size: str | int, n_bytes: int) -> None:
 
 @pytest.mark.parametrize("size", ["", "GB", "-1GB", "1e9", "20 gigabytes", "1GiB"])
 def test_parse_bytes__no_size(size: str) -> None:
-    with pytest.raises(UsageError, match="--max-bytes .*: give a size such as 20GB or 500MB"):
+    with pytest.raises(UsageError, match=r"--max-bytes .*: give a size such as 20GB or 500MB"):
         parse_bytes(size)
 
 

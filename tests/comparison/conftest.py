@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from transfercache.backbones.cut import frozen_part
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.cache.blocks import ArrayBlocks
@@ -22,6 +23,7 @@ from transfercache.cache.table import FeatureTable
 from transfercache.comparison.results import RunResult, Seconds
 from transfercache.comparison.rows import ComparedRows, load_pixels, select_rows
 from transfercache.comparison.strategy import Setting
+from transfercache.finetuning.activations import Activations
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_source
 from transfercache.images.transforms import eval_pixels
@@ -127,6 +129,10 @@ def make_setting(backbone: Backbone) -> MakeSetting:
             random_backbone=lambda: backbone,
             spec=spec_of,
             embeddings=lambda: MadeEmbeddings(embed(manifest, backbone), RECORD),
+            activations=lambda backbone, stage: (
+                MadeEmbeddings(embed(manifest, backbone), RECORD),
+                Activations(stage, embed(manifest, frozen_part(backbone, stage)), {}),
+            ),
             n_views=1,
             device=torch.device("cpu"),
             workers=1,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison import trained, tutorial
 from transfercache.comparison.results import save_result
+from transfercache.comparison.rows import select_rows
 from transfercache.comparison.strategies import STRATEGIES, load_kept, pick_strategies, result_path, run_strategy
 from transfercache.comparison.strategy import Loop, Setting, Strategy
 from transfercache.config import KNN_NEIGHBOURS
@@ -26,7 +28,7 @@ from transfercache.images.manifest import Manifest
 from .conftest import RECORD, MakeSetting, read, spec_of, write_photos
 
 HEADS = ["logistic", "ridge", "linear"]
-NAMES = ["knn", *HEADS, "pixels-knn", "tutorial-frozen", "finetune", "lp-ft", "scratch", "tutorial-finetune"]
+NAMES = ["knn", *HEADS, "pixels-knn", "tutorial-frozen", "partial", "finetune", "lp-ft", "scratch", "tutorial-finetune"]
 
 
 def strategy(name: str) -> Strategy:
@@ -144,6 +146,42 @@ def test_lp_ft__fine_tunes_from_the_logistic_head_and_pays_for_both(setting: Set
     assert result.extraction == RECORD
 
 
+def test_partial__trains_the_last_stage_on_the_compared_rows_of_the_cache(
+    make_setting: MakeSetting, manifest: Manifest, backbone: Backbone
+) -> None:
+    good = np.ones(manifest.n_rows, dtype=np.bool_)
+    good[[1, 9]] = False  # as where another backbone cannot have them: row numbers are then not the data's
+    setting = make_setting(manifest, rows=select_rows(manifest, is_good=good))
+    expected = finetune(
+        setting.rows.manifest,
+        backbone,
+        options=FinetuneOptions(epochs=1, seed=2, unfreeze="layer4", augment="none", compute="fp32"),
+        spec=spec_of(backbone),
+        device=torch.device("cpu"),
+    )
+    result = run_strategy(strategy("partial"), setting, seed=2)
+    # Trained in bf16 where this processor has it.
+    np.testing.assert_allclose(result.probabilities, expected.probabilities, atol=0.02)
+    assert result.row.tolist() == [8, 10, 11, 12, 13]
+    assert result.chosen["cached"] == "layer3 256x2x2, float32, 1 views"
+    assert result.backbone_passes == 14 + 12  # the extraction's, then one epoch and the evaluation
+    assert list(result.seconds.stages) == ["extract", "read", "step", "evaluate"]
+    assert result.seconds.first == pytest.approx(12.0 + result.seconds.again)
+    assert result.extraction == RECORD
+
+
+def test_partial__an_image_whose_activations_do_not_fit(make_setting: MakeSetting, manifest: Manifest) -> None:
+    base = make_setting(manifest)
+
+    def activations(backbone: Backbone, stage: str) -> Any:
+        embeddings, whole = base.activations(backbone, stage)
+        kept = whole.table.subset(whole.table.row != 2)
+        return embeddings, replace(whole, table=kept, bad={2: "its embedding reaches 7e+04"})
+
+    with pytest.raises(DataError, match=r"train/blue/2.png: its embedding reaches 7e\+04"):
+        run_strategy(strategy("partial"), replace(base, activations=activations), seed=0)
+
+
 def test_lp_ft__a_class_without_training_images(make_setting: MakeSetting, manifest: Manifest) -> None:
     labels = manifest.labels.copy()
     labels[-1] = 2
@@ -212,6 +250,7 @@ def test_work__images_that_pass_the_network(setting: Setting, monkeypatch: pytes
     work = {item.name: item.work(setting) for item in STRATEGIES if item.work is not None}
     assert {name: (item.trained, item.forward) for name, item in work.items()} == {
         "tutorial-frozen": (0, 5 * 14),
+        "partial": (7, 14),  # layer4 has 0.227 of the multiplications
         "finetune": (4 * 8, 6),
         "lp-ft": (4 * 8, 6),
         "scratch": (4 * 8, 6),
@@ -223,7 +262,7 @@ def test_work__is_timed_as_the_loop_runs(setting: Setting) -> None:
     loops = {item.name: item.work(replace(setting, workers=3)).loop for item in STRATEGIES if item.work is not None}
     compute = training_compute("auto", torch.device("cpu"))
     expected = Loop(32, torch.channels_last, 3, compute)
-    assert loops["finetune"] == loops["lp-ft"] == loops["scratch"] == expected
+    assert loops["partial"] == loops["finetune"] == loops["lp-ft"] == loops["scratch"] == expected
     assert loops["tutorial-frozen"] == loops["tutorial-finetune"]
     assert loops["tutorial-finetune"].batch_size == 4
     assert loops["tutorial-finetune"].memory_format is torch.contiguous_format

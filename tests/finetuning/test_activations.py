@@ -105,7 +105,7 @@ def test_boundary_before__is_the_stage_before_the_first_that_trains(resnet18: Ba
         return boundary_before(resnet18, FinetuneOptions(unfreeze=unfreeze, augment="none"))
 
     assert [boundary(unfreeze) for unfreeze in ("layer4", "layer2", "layer4,layer3")] == ["layer3", "layer1", "layer2"]
-    with pytest.raises(UsageError, match="--unfreeze all trains from the first stage on.*such as --unfreeze layer4"):
+    with pytest.raises(UsageError, match=r"--unfreeze all trains from the first stage on.*such as --unfreeze layer4"):
         boundary("all")
     with pytest.raises(UsageError, match="with --unfreeze none the head alone trains; tlc train-head does that"):
         boundary("none")
@@ -257,5 +257,5 @@ def test_resume__of_other_activations_is_refused(make_photos: MakePhotos, resnet
         ),
     ):
         run(manifest, resnet18, activate(manifest, resnet18, n_views=2), resumed, epochs=1)
-    with resumed.held(), pytest.raises(UsageError, match="cached activations layer3 256x2x2.* then, None now"):
+    with resumed.held(), pytest.raises(UsageError, match=r"cached activations layer3 256x2x2.* then, None now"):
         run(manifest, resnet18, None, resumed, epochs=1)

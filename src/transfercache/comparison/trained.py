@@ -95,9 +95,10 @@ def _partial_options(setting: Setting, seed: int) -> FinetuneOptions:
 
 
 def _partial_work(setting: Setting) -> Work:
-    work, backbone = _work(setting), setting.backbone()
-    stage = boundary_before(backbone, _partial_options(setting, 0))
-    return replace(work, trained=round(work.trained * share_behind(backbone, stage)))
+    work, backbone, rows = _work(setting), setting.backbone(), setting.rows
+    share = share_behind(backbone, boundary_before(backbone, _partial_options(setting, 0)))
+    forward = (rows.n_train + rows.n_reported) * setting.n_views  # where their activations are not there yet
+    return replace(work, trained=round(work.trained * share), forward=forward)
 
 
 def _ours(name: str, source: Source, *, batch_norm: str) -> Strategy:
