@@ -214,9 +214,9 @@ def empty_disk(folder: Path) -> None:
 
 def _load_smaller(name: str, *, weights: str) -> Any:
     """The backbone on images of FINETUNED_PIXELS, so that an epoch of fine-tuning is soon over."""
-    from transfercache.commands import extract
+    from transfercache.backbones.registry import load_backbone
 
-    backbone = extract.load_backbone(name, weights=weights)
+    backbone = load_backbone(name, weights=weights)
     pixels = replace(backbone.preprocessing, resize=FINETUNED_PIXELS, crop=FINETUNED_PIXELS)
     return replace(backbone, preprocessing=pixels)
 

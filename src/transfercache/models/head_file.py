@@ -47,7 +47,7 @@ class Model:
     """A head with what prediction needs: its spec, where the backbone's weights came from, and canary logits."""
 
     head: LinearHead
-    canary_logits: FloatArray  # float32 [4, C]: the logits of `backbones.engines.canary_pixels`
+    canary_logits: FloatArray  # float32 [4, C]: the logits of `backbones.canaries.canary_pixels`
     weights_source: dict[str, str]
     reported: dict[str, Any] | None = None
     backbone_tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # not empty: fine-tuned
