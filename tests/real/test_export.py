@@ -65,7 +65,7 @@ def test_onnx__on_the_validation_images__predicts_what_tlc_does(
     (logits,) = session.run(["logits"], {"images": torch.stack([transform(image) for image in opened]).numpy()})
 
     model = load_model(path)
-    engine = EagerEngine(load_backbone_of(model, path, weights=None), torch.device("cpu"))
+    engine = EagerEngine(load_backbone_of(model, path, weights=None).load(), torch.device("cpu"))
     preprocessing = model.head.spec.preprocessing
     pixels = [eval_pixels(decode_image(photo.read_bytes(), photo.name), preprocessing) for photo in photos]
     own = np.concatenate([model.head.logits(engine.embed(part)) for part in np.array_split(np.stack(pixels), 10)])
