@@ -1,4 +1,4 @@
-"""The rows a head is trained on: a cache by its folder or its DATA, its labels and its split. Loads torch for DATA."""
+"""The rows a head is trained on: a cache by its folder or its DATA, its labels and its split."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def open_cached(cache: str | Path | Extraction, *, backbone: str, weights: str, 
                 f"them with: {shlex.join(('tlc', 'finetune', str(opened.data_root), '--cached', '--unfreeze'))} STAGES"
             )
         return opened
-    # DATA: its files are listed, for which Pillow is loaded, and its cache is found by the weights' digest, which
-    # takes torch: a CACHE needs neither.
+    # DATA: its files are listed, for which Pillow is loaded, and its cache is found by the weights' digest, for
+    # which torch is loaded unless that is on record: a CACHE needs neither.
     from transfercache.images.sources import read_source
 
     manifest = read_source(folder)

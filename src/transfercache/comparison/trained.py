@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -16,6 +15,7 @@ from transfercache.backbones.registry import Backbone
 from transfercache.comparison.results import Seconds
 from transfercache.comparison.strategy import Loop, Outcome, Setting, Source, Strategy, Work, uncached
 from transfercache.comparison.tutorial import TUTORIAL_EPOCHS, TUTORIAL_WORKERS, train_tutorial
+from transfercache.environment import n_cores
 from transfercache.errors import DataError
 from transfercache.finetuning.activations import Activations, boundary_before
 from transfercache.finetuning.loop import finetune
@@ -233,5 +233,4 @@ def tutorial(name: str, *, lr_backbone: float | None) -> Strategy:
 
 def _worker_processes() -> int:
     """As many as the tutorial's four, where the machine has that many cores beside two for the network; else fewer."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(TUTORIAL_WORKERS, max(0, cores - 2))
+    return min(TUTORIAL_WORKERS, max(0, n_cores() - 2))

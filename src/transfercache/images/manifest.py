@@ -16,6 +16,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from transfercache.classes import check_classes
+from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.splits import Split, complete_split, join_groups
@@ -145,7 +146,7 @@ def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, 
 
     # Blocks of rows, because a million futures would take more memory than the manifest.
     blocks = [rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK)]
-    pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+    pool = ThreadPoolExecutor(max_workers=n_cores())
     try:
         with tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None) as progress:
             for done in pool.map(digest_block, blocks):
