@@ -277,7 +277,10 @@ def test_imported_modules__of_a_command_that_needs_more(tmp_path: Path) -> None:
     assert modules & {*TORCH, "sklearn", "scipy"} == set()
 
 
-def test_extraction__of_a_network_that_was_seen_before__loads_no_torch(tmp_path: Path) -> None:
+def test_extraction__of_a_network_that_was_seen_before__loads_no_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))  # other tests' networks are not known here
     rng = np.random.default_rng(0)
     for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
