@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transfercache.commands.cache import cache_info, list_caches, prune_caches, remove_caches, verify_cache
     from transfercache.commands.compare import compare
     from transfercache.commands.demo import demo
+    from transfercache.commands.describe import describe_backbone
     from transfercache.commands.doctor import doctor
     from transfercache.commands.export import export
     from transfercache.commands.extract import extract_features
@@ -29,6 +30,7 @@ __all__ = [
     "cache_info",
     "compare",
     "demo",
+    "describe_backbone",
     "doctor",
     "export",
     "extract_features",
@@ -49,6 +51,7 @@ _HOMES = {
     "cache_info": "commands.cache",
     "compare": "commands.compare",
     "demo": "commands.demo",
+    "describe_backbone": "commands.describe",
     "doctor": "commands.doctor",
     "export": "commands.export",
     "extract_features": "commands.extract",

@@ -123,3 +123,14 @@ def test_record__of_published_weights__needs_their_file_as_it_was(
     monkeypatch.setattr(registry, "load_backbone", refuse)
     with pytest.raises(AssertionError, match="loaded again"):
         find_backbone("resnet18")
+
+
+def test_record__that_cannot_be_written__is_said(
+    resnet18_file: Path, records: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    records.parent.mkdir(parents=True)
+    records.touch()  # a file where the folder should be
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(find_backbone("resnet18", weights=str(resnet18_file)), Backbone)
+    (line,) = [line for line in caplog.messages if "cannot be written" in line]
+    assert line.endswith("the next run will load torch and the backbone again")

@@ -265,6 +265,11 @@ def test_compare__partial_is_finetune_with_its_last_stage_cached(pets: Path, lay
     assert partial.seconds.first == pytest.approx(extract + partial.seconds.again)
     assert partial.backbone_passes == 32 + 2 * 12 + 4
     assert logistic.seconds.stages["extract"] != partial.seconds.stages["extract"]
+    alone_partial = replace(result, summary=replace(result.summary, entries=result.summary.entries[1:]))
+    assert alone_partial.next_command == (
+        *("tlc", "finetune", str(pets), "--backbone", "resnet18", "--weights", "random"),
+        *("--unfreeze", "layer4", "--cached", "--cache-dir", str(layer3.cache.parent), "--epochs", "2"),
+    )
 
 
 def test_frozen_part__is_what_the_cache_is_of(layer3: Extraction) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def test_doctor__of_a_plain_machine__names_what_is_missing() -> None:
         ("compile", []),
     ]
     lines = text_of(found)
+    assert [decoder["decode"] for decoder in found.decoders] == ["pillow", "fast", "draft"]
+    assert "decode pillow: can be loaded" in lines
     assert f"device cpu (auto): {processor_name()}; engine eager (auto); precisions fp32" in lines
     assert "engine openvino: --engine openvino: it is not installed; install it with: pip install " in "\n".join(lines)
     assert found.next_command == ("tlc", "extract-features", "my_photos/")
@@ -63,6 +66,17 @@ def test_doctor__of_this_machine__has_versions_and_the_engine_of_auto() -> None:
     (cpu,) = [device for device in document["devices"] if device["device"] == "cpu"]
     assert cpu["engine"] == auto_engine("cpu")
     assert document["device"] in [device["device"] for device in document["devices"]]
+
+
+def test_doctor__says_what_a_missing_decoder_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    for module in [name for name in sys.modules if name.startswith(("torchcodec.", "transfercache.images.fast"))]:
+        monkeypatch.delitem(sys.modules, module)
+    found = doctor()
+    reasons = {decoder["decode"]: decoder["reason"] for decoder in found.decoders}
+    assert (reasons["pillow"], reasons["draft"]) == (None, None)
+    assert "install it: pip install 'transfercache[fast]'" in reasons["fast"]
+    assert f"decode fast: {reasons['fast']}" in text_of(found)
 
 
 def test_doctor__says_which_folders_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,4 +161,4 @@ def _keep_record(path: Path, loaded: Backbone, *, digest: str | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(record).encode())
     except (OSError, ResourceError) as error:
-        logger.debug("%s: not recorded (%s)", path, error)
+        logger.warning("%s: cannot be written (%s); the next run will load torch and the backbone again", path, error)

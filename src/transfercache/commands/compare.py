@@ -55,7 +55,8 @@ logger = logging.getLogger(__name__)
 RESULTS_FOLDER = "results"
 #: What a comparison can recommend, and the command that does it on the whole of the data.
 _HEADS = ("logistic", "ridge", "linear")
-_FINETUNE = "finetune"
+_PROBED_FIRST = "lp-ft"
+_ON_IMAGES = ("finetune", "partial")
 
 
 class _Kept(TypedDict):
@@ -76,22 +77,26 @@ class Comparison:
     caches: dict[str, Path]  # backbone -> cache folder, where it was extracted
     row_words: tuple[str, ...]  # the options that decide on labels and split, where they are not the defaults
     epoch_words: tuple[str, ...]
+    cache_words: tuple[str, ...]
     demo: Mapping[str, str | None] | None = None  # of `tlc demo`: data, backbone, and why they are not the tutorial's
 
     @property
     def next_command(self) -> tuple[str, ...]:
-        """Train the most accurate of what leaves a model (ties: the cheapest), on the same rows."""
+        """Train the most accurate of what leaves a model (ties: the cheapest), on the same rows; of LP-FT, the head."""
         if self.demo is not None:
             return ("tlc", "compare", "my_photos/", "--backbone", str(self.demo["backbone"]))
-        models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _FINETUNE)]
+        models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _PROBED_FIRST, *_ON_IMAGES)]
         if not models:
             return ("tlc", "compare", self.data, *self.row_words, *self.epoch_words)
         best = max(models, key=lambda entry: entry.accuracy).first
         backbone = str(best.backbone)
-        if best.strategy in _HEADS:
-            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", best.strategy, *self.row_words)
+        if best.strategy not in _ON_IMAGES:
+            solver = config.SOLVER if best.strategy == _PROBED_FIRST else best.strategy
+            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", solver, *self.row_words)
         start = ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
-        return (*start, *self.row_words, *self.epoch_words)
+        stages = [stage for group in best.chosen["groups"][:-1] for stage in group["stages"]]
+        cached = ("--unfreeze", ",".join(stages), "--cached", *self.cache_words) if best.chosen["cached"] else ()
+        return (*start, *cached, *self.row_words, *self.epoch_words)
 
     def as_demo(self, demo: Mapping[str, str | None], *, note: str) -> Comparison:
         """Return the same as the result of `tlc demo`, with `note` in the table's title."""
@@ -214,6 +219,7 @@ def compare(
             caches={name: extraction.cache for name, extraction in extractions.items()},
             row_words=row_words,
             epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
+            cache_words=changed_words(cache_dir=(cache_dir, None)),
         )
 
     deadline = math.inf if max_minutes is None else start + 60 * max_minutes

@@ -17,6 +17,8 @@ from transfercache.backbones.devices import DEVICES, device_name, pick_device
 from transfercache.commands.inputs import BadImage, cache_root
 from transfercache.environment import describe_environment
 from transfercache.errors import ResourceError, UsageError
+from transfercache.images.decoders import load_fast
+from transfercache.spec import DECODERS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +34,7 @@ class Diagnosis:
     bf16_units: tuple[str, ...]  # of the processor
     devices: list[dict[str, Any]]  # those seen: device, name, engine (of `auto`), computes
     engines: list[dict[str, Any]]  # all: engine, devices it runs on, and where that is none, the reason
+    decoders: list[dict[str, Any]]  # all: decode (as `--decode` names it), and where it cannot be loaded, the reason
     device: str  # what `--device auto` takes
     advice: str | None  # what would be faster here
     folders: list[dict[str, Any]]  # what, path, is_writable
@@ -50,6 +53,7 @@ class Diagnosis:
             "bf16_units": list(self.bf16_units),
             "devices": self.devices,
             "engines": self.engines,
+            "decoders": self.decoders,
             "device": self.device,
             "advice": self.advice,
             "folders": self.folders,
@@ -73,6 +77,8 @@ class Diagnosis:
             )
         for engine in self.engines:
             yield f"engine {engine['engine']}: " + (engine["reason"] or f"runs on {', '.join(engine['devices'])}")
+        for decoder in self.decoders:
+            yield f"decode {decoder['decode']}: {decoder['reason'] or 'can be loaded'}"
         if self.advice:
             yield self.advice
         for folder in self.folders:
@@ -88,6 +94,7 @@ def doctor() -> Diagnosis:
         bf16_units=bf16_units(),
         devices=[_describe_device(name) for name in seen],
         engines=[_describe_engine(name, seen) for name in ENGINES],
+        decoders=[_describe_decoder(name) for name in DECODERS],
         device=device,
         advice=bf16_advice() if device == "cpu" else None,
         folders=[_describe_folder(what, path) for what, path in _folders().items()],
@@ -120,6 +127,16 @@ def _describe_engine(engine: str, devices: list[str]) -> dict[str, Any]:
         except (UsageError, ResourceError) as error:
             reason = str(error)
     return {"engine": engine, "devices": runs_on, "reason": None if runs_on else reason}
+
+
+def _describe_decoder(decode: str) -> dict[str, Any]:
+    reason = None
+    if decode == "fast":
+        try:
+            load_fast()
+        except ResourceError as error:
+            reason = str(error)
+    return {"decode": decode, "reason": reason}
 
 
 def _folders() -> dict[str, Path]:

@@ -20,6 +20,11 @@ def pick_decoder(preprocessing: Preprocessing) -> Decoder:
         return decode_image
     if preprocessing.decoder == "draft":
         return functools.partial(decode_image, least_side=preprocessing.resize)
+    return load_fast()
+
+
+def load_fast() -> Decoder:
+    """Return TorchCodec's decoding; raises ResourceError where that cannot be loaded."""
     try:
         from transfercache.images.fast import decode_fast
     except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries are of another torch
