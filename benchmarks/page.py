@@ -125,5 +125,5 @@ def _shown(value: Any) -> str:
         others = "".join(f"; {key} {one:.4g}" for key, one in value.items() if key not in _SPREAD)
         return f"{median:.4g}" + (f" ({least:.4g} to {most:.4g})" if least < most else "") + others
     if isinstance(value, str):
-        return Path(value).name if value.startswith("/") else value  # where data lies is nobody's business
+        return value
     return "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,10 +1,11 @@
 """Run every benchmark, keep what each prints, and write the page of all figures.
 
-Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--results build/benchmarks]
-     [--only NAME,...] [--again] [--real FILE.npz] [--cache FOLDER] [--environments FOLDER] [--page docs/benchmarks.md]
-Each benchmark's JSON is kept as NAME.json in the folder of results, where it may also be put by hand; one that is there
-is not run again without --again. Without PHOTOGRAPHS those that measure accuracy are left out, without a GPU the one
-that needs it, and the page says so.
+Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--only NAME,...] [--again]
+     [--results benchmarks/results] [--page docs/benchmarks.md]
+     [--real FILE.npz] [--cache FOLDER] [--environments FOLDER]
+Each benchmark's JSON is kept as NAME.json in the folder of results, the page's source, where it may also be put by hand
+(from another machine); one that is there is not run again without --again. Without PHOTOGRAPHS those that measure
+accuracy are left out, without a GPU the one that needs it, and the page says so.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from page import render_page
 
@@ -81,7 +82,17 @@ def run(benchmark: Benchmark, given: argparse.Namespace) -> None:
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{benchmark.name}: exit code {done.returncode}")
-    (given.results / f"{benchmark.name}.json").write_text(done.stdout)
+    figures = without_places(json.loads(done.stdout))
+    (given.results / f"{benchmark.name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def without_places(figures: Any) -> Any:
+    """Return the same JSON, of each absolute path its last part: where data lies is nobody's business."""
+    if isinstance(figures, dict):
+        return {key: without_places(value) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [without_places(value) for value in figures]
+    return Path(figures).name if isinstance(figures, str) and figures.startswith("/") else figures
 
 
 def main(given: argparse.Namespace) -> None:
@@ -105,7 +116,7 @@ if __name__ == "__main__":
     parser.add_argument("photographs", nargs="?", type=Path)
     parser.add_argument("--weights", default="random")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE.parent / "build" / "benchmarks")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--only", help="names, or nothing to write the page alone")
     parser.add_argument("--again", action="store_true", help="also what is in the folder of results")
     parser.add_argument("--real", type=Path, help="arrays X and y for bench_heads.py")
