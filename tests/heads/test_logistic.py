@@ -55,6 +55,22 @@ def test_logistic__chosen_c_equals_a_search_written_out(make_table, overlapping)
     assert chosen["C"] == logistic.C_GRID[int(np.argmin(losses))]
 
 
+def test_logistic__of_many_rows__chooses_c_on_a_part_of_each_class(make_table, overlapping, monkeypatch):
+    features, labels = overlapping
+    labels = np.where(np.arange(300) % 10 == 0, labels, np.minimum(labels, 1))  # of the last class a tenth
+    whole = fit_head(make_table(features, labels), seed=1)
+    assert whole.chosen["rows"] == 300
+    monkeypatch.setattr(logistic, "MAX_CHOICE_ROWS", 90)
+    head = fit_head(make_table(features, labels), seed=1)
+    counts = np.bincount(labels)
+    assert head.chosen["rows"] == sum(min(count, max(10, count * 90 // 300)) for count in counts)
+    assert head.chosen["C"] == logistic.C_GRID[int(np.argmin(head.chosen["mean_log_loss"]))]
+    # The head itself is of all rows.
+    alone = fit_head(make_table(features, labels), C=head.chosen["C"], seed=1)
+    np.testing.assert_allclose(head.weight, alone.weight, rtol=1e-4, atol=1e-7)
+    assert head.n_train == 300
+
+
 def test_logistic__permuted_rows_give_the_same_head(make_table, overlapping):
     features, labels = overlapping
     order = np.random.default_rng(5).permutation(300)
