@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from turns import spread
 
 from transfercache.cache.blocks import ArrayBlocks
 from transfercache.environment import describe_environment
@@ -185,12 +185,6 @@ def compare_knn(rows: Rows, repeats: int) -> dict[str, Any]:
         mine, _ = timed(lambda: knn_probabilities(ArrayBlocks(x), y, queries, n_classes=int(y.max()) + 1))
         pairs.append((theirs, mine))
     return {"times_faster": spread([theirs / mine for theirs, mine in pairs]), "queries": len(queries)}
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Return median, minimum and maximum, rounded for reading."""
-    figures = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return {name: float(f"{value:.4g}") for name, value in figures.items()}
 
 
 def measure(rows: Rows, *, repeats: int, with_choice: bool) -> dict[str, Any]:
