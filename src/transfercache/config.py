@@ -77,6 +77,7 @@ EMA = "none"
 BATCH_NORM: BatchNorm = "frozen"
 UNFREEZE = "all"
 SELECT = "none"
+TRY_SHARE = 0.2  # of the training rows, held out to choose among what is tried
 KEEP_CHECKPOINTS = 2
 
 STRATEGIES = "knn,logistic,linear,finetune"

@@ -2,6 +2,7 @@
 
 TlcError                1  a bug in tlc, unless a subclass says otherwise
   UsageError            2  the command's words are off
+    DivergenceError        rates at which the loss stops being a number
   DataError             3  nothing to read, a missing column, fewer than two trainable classes
     DecodeError            one file is not a readable image
   ArtefactError         4  a file that tlc wrote, or should have: torn, altered, hostile, of another schema
@@ -30,6 +31,15 @@ class UsageError(TlcError):
     """The words of the command are off: an unknown backbone, strategy or split."""
 
     exit_code = 2
+
+
+class DivergenceError(UsageError):
+    """The loss stopped being a number in `epoch`, after `passes` images through the network."""
+
+    def __init__(self, message: str, *, epoch: int, passes: int) -> None:
+        super().__init__(message)
+        self.epoch = epoch
+        self.passes = passes
 
 
 class DataError(TlcError):

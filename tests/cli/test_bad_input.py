@@ -511,6 +511,11 @@ def test_train_head__words_that_are_off(tlc: Run, made: Path, words: tuple[str, 
         (("--unfreeze=layer9",), ""),
         (("--lr-head=-1",), ""),
         (("--select=2",), ""),
+        (("--try=lr-head",), "--try lr-head: must be an option and its values, such as lr-head=1e-3,3e-3"),
+        (("--try=lr-hed=1,2",), "--try lr-hed: must be one of epochs, batch-size, unfreeze, "),
+        (("--try=lr-head=1,high",), "--try lr-head=high: must be a number"),
+        (("--try=warmup=0.1,1",), "--try: --warmup 1.0: must be at least 0 and below 1"),
+        (("--try=lr-head=1,2", "--lr-head=3"), "--lr-head 3.0: is given and tried as well"),
     ],
 )
 def test_finetune__words_that_are_off(tlc: Run, made: Path, words: tuple[str, ...], message: str) -> None:

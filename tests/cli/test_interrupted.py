@@ -186,3 +186,38 @@ def test_finetune__ended_in_the_middle__goes_on_to_the_same_model(
     losses = [[epoch["train_loss"] for epoch in json.loads(text)["epochs"]] for text in (resumed, undisturbed)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 4
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_search__ended_in_the_middle__keeps_what_was_tried_and_chooses_the_same(
+    start: Start, draw_photos: Callable[..., Path], tmp_path: Path, sent: signal.Signals
+) -> None:
+    photos = draw_photos(tmp_path / "pets", 6)
+    words = ["finetune", str(photos), "--weights=random", "--backbone=mobilenet_v3_small", "--epochs=2", "--json"]
+    words += ["--unfreeze=none", "--try=lr-head=1e-3,1", "--try=mixup=0,0.5"]
+    kept = tmp_path / "m.safetensors.checkpoints" / "trials.json"
+    process = start(*words, "--out=m.safetensors", OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not kept.exists() or len(json.loads(kept.read_bytes())["trials"]) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(sent)
+    process.communicate(timeout=DEADLINE_SECONDS)
+    assert process.returncode in (-sent, 128 + sent)
+    finished = json.loads(kept.read_bytes())["trials"]
+    assert 2 <= len(finished) < 4
+
+    again = start(*words, "--out=m.safetensors", "--resume", OMP_NUM_THREADS="1")
+    whole = start(*words, "--out=whole.safetensors", OMP_NUM_THREADS="1")
+    (resumed, said), (undisturbed, _) = (p.communicate(timeout=DEADLINE_SECONDS) for p in (again, whole))
+    assert (again.returncode, whole.returncode) == (0, 0)
+    tries = [line[:10] for line in said.splitlines() if line.startswith("try ")]
+    assert tries == [f"try {number} of 4" for number in range(len(finished) + 1, 5)]
+    found, expected = (json.loads(text)["trials"] for text in (resumed, undisturbed))
+    assert [trial["seconds"] for trial in found[: len(finished)]] == [trial["seconds"] for trial in finished]
+    for trial in (*found, *expected):
+        del trial["seconds"]
+    assert found == expected
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not kept.parent.exists()

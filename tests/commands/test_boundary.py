@@ -21,7 +21,8 @@ from transfercache.commands import space
 from transfercache.commands.cache import cache_info, list_caches, prune_caches
 from transfercache.commands.compare import compare
 from transfercache.commands.extract import Extraction, extract_features
-from transfercache.commands.finetune import FinetuneOutcome, finetune
+from transfercache.commands.finetune import finetune
+from transfercache.commands.finetune_result import FinetuneOutcome
 from transfercache.commands.predict import predict
 from transfercache.commands.space import parse_bytes
 from transfercache.commands.train import train_head

@@ -10,7 +10,8 @@ import pytest
 from transfercache.cli.output import finish
 from transfercache.commands.describe import describe_backbone
 from transfercache.commands.extract import Extraction
-from transfercache.commands.finetune import FinetuneOutcome, finetune
+from transfercache.commands.finetune import finetune
+from transfercache.commands.finetune_result import FinetuneOutcome
 from transfercache.commands.train import train_head
 from transfercache.errors import ModelError, UsageError
 from transfercache.models.head_file import load_model

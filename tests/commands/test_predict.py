@@ -16,7 +16,8 @@ import pytest
 from transfercache.backbones.engines import EagerEngine
 from transfercache.cache.reader import open_cache
 from transfercache.commands.extract import Extraction, extract_features
-from transfercache.commands.finetune import FinetuneOutcome, finetune
+from transfercache.commands.finetune import finetune
+from transfercache.commands.finetune_result import FinetuneOutcome
 from transfercache.commands.head_result import HeadResult
 from transfercache.commands.inputs import finish_manifest
 from transfercache.commands.predict import load, predict

@@ -46,7 +46,9 @@ def test_divide_rows__select_never_divides_a_group(make_photos: MakePhotos) -> N
 
 def test_divide_rows__nothing_to_hold_out(make_photos: MakePhotos) -> None:
     manifest = read(make_photos(train=1))
-    with pytest.raises(DataError, match=r"--select 0\.2: every class is a single image or group.*use --select none"):
+    with pytest.raises(
+        DataError, match=r"photos: every class is a single image or group.*use neither --select nor --try"
+    ):
         divide_rows(manifest, select=0.2, seed=0)
 
 

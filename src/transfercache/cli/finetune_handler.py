@@ -142,6 +142,16 @@ def finetune(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--try",
+            metavar="NAME=VALUE,...",
+            help="Train each combination first, judged on training rows held out, then the best; repeatable.",
+            show_default=False,
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
     compute: Annotated[
         config.Compute,
         typer.Option(
@@ -195,6 +205,7 @@ def finetune(
     if data is None:
         raise UsageError("finetune: DATA is missing; only --describe BACKBONE does without")
     from transfercache.commands.finetune import finetune as command
+    from transfercache.commands.finetune import parse_tries
 
     result = command(
         data,
@@ -223,6 +234,7 @@ def finetune(
         ema=ema,
         select=select,
         patience=patience,
+        grid=parse_tries(grid or []),
         compute=compute,
         device=device,
         workers=workers,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import load_backbone
 from transfercache.commands.boundary import cache_activations
+from transfercache.commands.finetune_result import FinetuneOutcome, add_search, trials_to_json
 from transfercache.commands.inputs import (
     BadImage,
     EmbedOptions,
@@ -28,10 +28,20 @@ from transfercache.errors import UsageError
 from transfercache.files import check_writable
 from transfercache.finetuning.activations import boundary_before
 from transfercache.finetuning.checkpoints import SUFFIX, Checkpoints
-from transfercache.finetuning.groups import ParameterGroup
+from transfercache.finetuning.groups import unfrozen_stages
 from transfercache.finetuning.loop import finetune as train
+from transfercache.finetuning.loop import identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import EpochRecord, FinetuneResult
+from transfercache.finetuning.search import (
+    Trial,
+    Values,
+    check_search,
+    choose_trial,
+    combine,
+    name_flag,
+    search,
+)
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
@@ -41,77 +51,10 @@ from transfercache.models.head_file import Model, load_model, save_model
 from transfercache.splits import Split, count_straddling
 from transfercache.stopwatch import Stopwatch
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, eq=False)
-class FinetuneOutcome:
-    """A fine-tuned model, where it was written, how it was trained, and its figures on the reported split."""
-
-    model: Path
-    groups: tuple[ParameterGroup, ...]
-    compute: str  # that of training; the figures are fp32's
-    epochs: tuple[EpochRecord, ...]
-    chosen_epoch: int
-    n_train: int
-    straddling: int  # groups, or sets of equal images, that the given split divides
-    reported: Report | None
-    seconds: dict[str, float]
-    backbone_passes: int
-    bad: tuple[BadImage, ...]
-    data: str
-    extraction: dict[str, Any] | None = None  # with `cached`: the cache, what making its rows took, and by which runs
-
-    @property
-    def next_command(self) -> tuple[str, ...]:
-        """The words of the command a person would run next."""
-        return ("tlc", "predict", str(self.model), self.data)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON document of `tlc finetune`."""
-        return {
-            "model": str(self.model),
-            "groups": [asdict(group) for group in self.groups],
-            "compute": self.compute,
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "chosen_epoch": self.chosen_epoch,
-            "n_train": self.n_train,
-            "straddling": self.straddling,
-            "reported": None if self.reported is None else self.reported.to_json(),
-            "seconds": self.seconds,
-            "backbone_passes": self.backbone_passes,
-            "bad": [item.to_json() for item in self.bad],
-            "extraction": self.extraction,
-        }
-
-    def render(self) -> RenderableType:
-        """Return the same for a terminal."""
-        from transfercache.report.classes import render_report
-
-        footer = "\n".join((str(self.model), *map(describe_group, self.groups), self._cost()))
-        return render_report(self.reported, title=f"fine-tuned on {self.n_train} training rows", footer=footer)
-
-    def _cost(self) -> str:
-        last = self.epochs[-1]
-        return (
-            f"epoch {self.chosen_epoch} of {len(self.epochs)} in {self.compute}, {self.seconds['total']:.1f} s "
-            f"({last.seconds:.1f} s an epoch, {last.images_per_second:.1f} images/s), {self.backbone_passes:,} passes, "
-            f"at most {last.peak_memory_bytes / 2**30:.1f} GiB of memory{self._extraction_cost()}"
-        )
-
-    def _extraction_cost(self) -> str:
-        if self.extraction is None:
-            return ""
-        seconds, passes, cache = (self.extraction[name] for name in ("seconds", "images", "cache"))
-        return f"\nthe activations before them took {seconds:.1f} s and {passes:,} passes, in {cache}"
-
-
-def describe_group(group: ParameterGroup) -> str:
-    """Return one line for a person."""
-    return f"{group.name}: {group.parameters:,} parameters, lr {group.lr:.3g}, weight decay {group.weight_decay:g}"
+# With `cached` the activations are those at one stage, and no image is read.
+_NOT_TRIED_CACHED = ("unfreeze", "augment", "crop_area")
 
 
 def finetune(
@@ -142,6 +85,7 @@ def finetune(
     ema: str | float = config.EMA,
     select: str | float = config.SELECT,
     patience: int | None = None,
+    grid: Mapping[str, Sequence[object]] | None = None,
     compute: config.Compute = config.COMPUTE,
     device: config.Device = config.DEVICE,
     workers: int | None = None,
@@ -171,9 +115,13 @@ def finetune(
     cache under `cache_dir`, or made first, in float32, within `max_bytes`. The reported figures are of cached
     activations too, in `storage_dtype`; the MODEL is a whole network as ever.
 
+    With `grid`, such as {"lr_head": [1e-3, 3e-3]}, every combination of these options trains first, with the same
+    training rows held out: the share `select`, else `config.TRY_SHARE`. That of the lowest log loss on them is then
+    trained as without `grid`, and it alone is reported.
+
     Checkpoints are in a folder beside `out` until the MODEL is written; those of an unfinished run are refused unless
-    `resume` is set, and then the run goes on to the same MODEL. `on_epoch` is called after each epoch, `on_line` with a
-    line on what it computes in and where it goes on.
+    `resume` is set, and then the run goes on to the same MODEL. `on_epoch` is called after each epoch, those of trials
+    too, `on_line` with a line on what it computes in, what it tries and where it goes on.
 
     Raises DataError, UsageError, WeightsError, ResourceError.
     """
@@ -204,6 +152,7 @@ def finetune(
         seed=seed,
         workers=workers,
     )
+    combinations = _combine(options, grid, cached=cached)
     if keep_checkpoints < 1:
         raise UsageError(f"--keep-checkpoints {keep_checkpoints}: must be at least 1")
     start = None if init_head is None else _read_head(Path(init_head))
@@ -221,11 +170,14 @@ def finetune(
         logger.warning("%s", warning)
     loaded = load_backbone(backbone, weights=weights)
     stage = boundary_before(loaded, options) if cached else None
+    for values in combinations:
+        unfrozen_stages(loaded, replace(options, **values))  # raises for a stage that is not there
     path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{manifest.name}-finetune.safetensors"
     check_writable(path)  # hours of training must not end in a file that cannot be written
     checkpoints = Checkpoints(path.with_name(path.name + SUFFIX), keep=keep_checkpoints, resume=resume)
     extraction = activations = None
     with checkpoints.held():
+        check_search(checkpoints, combinations)
         if stage is not None:
             extraction, activations = cache_activations(
                 manifest,
@@ -237,18 +189,30 @@ def finetune(
                 hash_seconds=watch.seconds()["hash"],
                 on_line=on_line,
             )
-        result = train(
-            manifest,
-            loaded,
-            options=options,
-            spec=EmbedOptions().spec(loaded),
-            device=pick_device(device),
-            start=start,
-            activations=activations,
-            checkpoints=checkpoints,
-            on_epoch=on_epoch,
-            on_line=on_line,
-        )
+
+        def run(rows: Manifest, settings: FinetuneOptions, kept: Checkpoints) -> FinetuneResult:
+            return train(
+                rows,
+                loaded,
+                options=settings,
+                spec=EmbedOptions().spec(loaded),
+                device=pick_device(device),
+                start=start,
+                activations=activations,
+                checkpoints=kept,
+                on_epoch=on_epoch,
+                on_line=on_line,
+            )
+
+        trials: tuple[Trial, ...] = ()
+        if combinations:
+            checkpoints.identity = identify_run(
+                manifest, loaded, options, device=pick_device(device), start=start, activations=activations
+            )
+            trials = search(run, manifest, options, combinations, checkpoints=checkpoints, on_line=on_line)
+            options = replace(options, **choose_trial(trials).values)
+        # After a search there is something to go on from, if not yet of this run.
+        result = run(manifest, options, checkpoints.part("", is_first=not trials))
         reported = report_finetuned(manifest, result)
         model = Model(
             head=result.head,
@@ -259,7 +223,9 @@ def finetune(
         )
         save_model(model, path)
         curve = [asdict(epoch) for epoch in result.epochs]
-        save_card(path, model, _card_data(manifest, result), seconds=result.seconds["total"], epochs=curve)
+        seconds, kept_trials = add_search(result.seconds, trials), trials_to_json(trials)
+        data_of_card = _card_data(manifest, result)
+        save_card(path, model, data_of_card, seconds=seconds["total"], epochs=curve, trials=kept_trials)
         checkpoints.remove()
     bad = tuple(BadImage(path, reason) for path, reason in result.bad)
     log_bad(bad, manifest.n_rows, on_bad=on_bad)
@@ -272,12 +238,36 @@ def finetune(
         n_train=result.n_train,
         straddling=count_straddling(manifest.split, manifest.component()),
         reported=reported,
-        seconds=dict(result.seconds),
-        backbone_passes=result.passes,
+        trials=trials,
+        seconds=seconds,
+        backbone_passes=result.passes + sum(trial.passes for trial in trials),
         bad=bad,
         data=str(data),
         extraction=None if extraction is None else {"cache": str(extraction.cache), **extraction.record},
     )
+
+
+def parse_tries(words: Sequence[str]) -> dict[str, list[str]]:
+    """Return the `grid` of words such as `lr-head=1e-3,3e-3`; raises UsageError naming the word that is off."""
+    grid: dict[str, list[str]] = {}
+    for word in words:
+        flag, equals, values = word.partition("=")
+        name = flag.replace("-", "_")
+        if not equals:
+            raise UsageError(f"--try {word}: must be an option and its values, such as lr-head=1e-3,3e-3")
+        if name in grid:
+            raise UsageError(f"--try {word}: {flag} is tried already; give all its values at once")
+        grid[name] = values.split(",")
+    return grid
+
+
+def _combine(
+    options: FinetuneOptions, grid: Mapping[str, Sequence[object]] | None, *, cached: bool
+) -> tuple[Values, ...]:
+    for name in _NOT_TRIED_CACHED if cached else ():
+        if name in (grid or {}):
+            raise UsageError(f"--try {name_flag(name)}: is not for --cached, where the activations are made once")
+    return combine(options, grid) if grid else ()
 
 
 def _without_images(augment: config.Augment, crop_area: float) -> config.Augment:

@@ -35,13 +35,15 @@ State = dict[str, Any]  # nested dicts and lists of tensors, numbers and words: 
 class Checkpoints:
     """The folder, and what the run depends on; `identity` is set by the run (name -> plain value) before it reads.
 
-    The newest `keep` are kept. Without `resume` a folder with checkpoints in it is refused.
+    The newest `keep` are kept. Without `resume` a folder with checkpoints in it is refused. A `part` of the run has
+    checkpoints of its own in the same folder, under a `prefix`.
     """
 
     folder: Path
     keep: int = config.KEEP_CHECKPOINTS
     resume: bool = False
     identity: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = ""
     _written: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -53,7 +55,7 @@ class Checkpoints:
         with resource_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / _LOCK, what=str(self.folder)):
-            if self._paths() and not self.resume:
+            if self._kept() and not self.resume:
                 raise UsageError(
                     f"{self.folder}: holds the checkpoints of an unfinished run; go on with it by --resume, "
                     "or remove that folder to begin anew"
@@ -61,9 +63,15 @@ class Checkpoints:
             try:
                 yield
             finally:
-                if not self._paths():
+                if not self._kept():
                     (self.folder / _LOCK).unlink()
                     self.folder.rmdir()
+
+    def part(self, prefix: str, *, is_first: bool) -> Checkpoints:
+        """Return the checkpoints of a part of the run; only of the first it is said that there is none to resume."""
+        return Checkpoints(
+            self.folder, self.keep, resume=self.resume and is_first, identity=self.identity, prefix=prefix
+        )
 
     def newest(self) -> State | None:
         """Return the newest whole checkpoint, or None; damaged ones are named in a warning and passed over.
@@ -75,7 +83,7 @@ class Checkpoints:
             if state is None:
                 logger.warning("%s: torn or damaged; it is passed over", path)
                 continue
-            self._check(path, state["identity"])
+            self.check_identity(path, state["identity"])
             if state["versions"] != installed_versions():
                 logger.warning("%s: made by other versions of torch or what decodes; the end may differ in bits", path)
             return state
@@ -92,7 +100,7 @@ class Checkpoints:
 
         Raises ResourceError where the disk is full; those that are there stay.
         """
-        path = self.folder / f"{epoch:06d}-{n_trained:012d}.pt"
+        path = self.folder / f"{self.prefix}{epoch:06d}-{n_trained:012d}.pt"
         with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save({"identity": dict(self.identity), "versions": installed_versions(), **state}, file)
         for old in self._paths()[: -self.keep]:
@@ -100,20 +108,26 @@ class Checkpoints:
         self._written = time.perf_counter()
 
     def remove(self) -> None:
-        """Remove them all, the MODEL being written."""
-        for path in (*self._paths(), *self.folder.glob(".*.tmp")):
+        """Remove them all, the MODEL being written; or those of this part, its result being kept."""
+        records = [] if self.prefix else self.folder.glob("*.json")
+        # Records last: they say what run the others are of.
+        for path in (*self._paths(), *self.folder.glob(".*.tmp"), *records):
             path.unlink()
 
-    def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("*.pt"))
-
-    def _check(self, path: Path, kept: Mapping[str, Any]) -> None:
+    def check_identity(self, path: Path, kept: Mapping[str, Any]) -> None:
+        """Raise UsageError, naming what differs, where `path` was `kept` by another run."""
         names = [name for name in {**kept, **self.identity} if kept.get(name) != self.identity.get(name)]
         if names:
             differing = ", ".join(_difference(name, kept.get(name), self.identity.get(name)) for name in names)
             raise UsageError(
                 f"{path}: of another run ({differing}); give all as it was then, or remove that folder to begin anew"
             )
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.prefix}*.pt"))
+
+    def _kept(self) -> list[Path]:
+        return [*self._paths(), *self.folder.glob("*.json")]
 
 
 def _difference(name: str, then: object, now: object) -> str:

@@ -67,7 +67,6 @@ def finetune(
     forget_peak_memory(device)
     options = replace(options, has_head=start is not None)
     compute = training_compute(options.compute, device)
-    cached = None if activations is None else activations.describe()
     groups = describe_groups(backbone, options, n_classes=len(manifest.class_names))
     rows = divide_rows(manifest, select=options.select, seed=options.seed)
     network = network_with_head(backbone, len(manifest.class_names), seed=options.seed)
@@ -75,8 +74,8 @@ def finetune(
         start = match_head(start, spec=spec, class_names=manifest.class_names)
         put_head(network, backbone, start)
     if checkpoints is not None:
-        identity = _identity(manifest, backbone, options, compute=compute, device=device, start=start)
-        checkpoints.identity = {**identity, "cached activations": cached}
+        identity = identify_run(manifest, backbone, options, device=device, start=start, activations=activations)
+        checkpoints.identity = {**checkpoints.identity, **identity}
     if on_line is not None:
         on_line(describe_compute(compute, device))
     build = partial(build_trainer, network, backbone, groups, options=options, compute=compute, device=device)
@@ -97,7 +96,13 @@ def finetune(
     return FinetuneResult(
         network=kept,
         head=_linear_head(
-            run, backbone, groups=groups, spec=spec, chosen_epoch=chosen_epoch, start=start, cached=cached
+            run,
+            backbone,
+            groups=groups,
+            spec=spec,
+            chosen_epoch=chosen_epoch,
+            start=start,
+            cached=None if activations is None else activations.describe(),
         ),
         backbone_tensors=_trunk_tensors(kept, backbone.head_path),
         groups=groups,
@@ -114,16 +119,16 @@ def finetune(
     )
 
 
-def _identity(
+def identify_run(
     manifest: Manifest,
     backbone: Backbone,
     options: FinetuneOptions,
     *,
-    compute: str,
     device: torch.device,
     start: LinearHead | None,
+    activations: Activations | None,
 ) -> dict[str, Any]:
-    """Return all that the run's end depends on, by the names that a message uses."""
+    """Return all that a run's end depends on, by the names that a message uses, in values of JSON."""
     rows = hashlib.sha256(json.dumps(manifest.class_names).encode())
     for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
         rows.update(np.ascontiguousarray(array).tobytes())
@@ -132,12 +137,13 @@ def _identity(
     return {
         **named,
         "format": _CHECKPOINT_FORMAT,
-        "--compute": compute,
+        "--compute": training_compute(options.compute, device),
         "--device": device.type,
         "--backbone": backbone.name,
         "weights of the backbone": backbone.weights_digest,
         "images, labels or split": rows.hexdigest(),
         "--init-head": None if start is None else head_digest(start),
+        "cached activations": None if activations is None else activations.describe(),
     }
 
 

@@ -41,7 +41,8 @@ def divide_rows(manifest: Manifest, *, select: float | None, seed: int) -> Divid
     is_held_out = _draw_held_out(manifest, train, share=select, seed=seed)
     if not is_held_out.any():
         raise DataError(
-            f"--select {select}: every class is a single image or group, so none can be held out; use --select none"
+            f"{manifest.root}: every class is a single image or group, so none can be held out; use neither --select "
+            "nor --try"
         )
     return DividedRows(train[~is_held_out], train[is_held_out], reported_rows)
 

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from transfercache.backbones.devices import peak_memory_bytes, synchronize
-from transfercache.errors import DataError, UsageError
+from transfercache.errors import DataError, DivergenceError
 from transfercache.finetuning.batches import Batch, Reader
 from transfercache.finetuning.checkpoints import Checkpoints, State
 from transfercache.finetuning.result import EpochRecord
@@ -153,8 +153,10 @@ def _check_finite(record: EpochRecord, trainer: Trainer) -> None:
     if math.isfinite(record.train_loss) and math.isfinite(record.selection_loss or 0.0):
         return
     rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in trainer.options.learning_rates().items())
-    raise UsageError(
-        f"epoch {record.epoch}: the loss is {record.train_loss}; the rates are too high, give lower ones than {rates}"
+    raise DivergenceError(
+        f"epoch {record.epoch}: the loss is {record.train_loss}; the rates are too high, give lower ones than {rates}",
+        epoch=record.epoch,
+        passes=record.passes,
     )
 
 

@@ -71,15 +71,16 @@ def save_card(
     *,
     seconds: float,
     epochs: Sequence[Mapping[str, Any]] = (),
+    trials: Sequence[Mapping[str, Any]] = (),
     tta: bool = False,
 ) -> None:
     """Write the cards of the model that was saved at `path`: after it, so that whatever becomes of them, it is there.
 
-    `seconds` is what training took, `epochs` the curve of a fine-tuned network, in JSON's types; with `tta` the figures
-    are of the mean of each image's views. No folder stands in a card: it is made to be given away. One that cannot be
-    written is a warning.
+    `seconds` is what training took, `epochs` the curve of a fine-tuned network and `trials` what was tried before it on
+    held-out training images, in JSON's types; with `tta` the figures are of the mean of each image's views. No folder
+    stands in a card: it is made to be given away. One that cannot be written is a warning.
     """
-    made = {"seconds": round(seconds, 3), "epochs": list(epochs), "tta": tta}
+    made = {"seconds": round(seconds, 3), "epochs": list(epochs), "trials": list(trials), "tta": tta}
     card = {**_describe(path, model), "data": data.to_json(model.head.class_names), **made}
     as_json, as_markdown = card_paths(path)
     try:
@@ -139,6 +140,7 @@ def _markdown(card: Mapping[str, Any]) -> str:
             "",
             *_table(("split", "class", "images", "digest"), _data_rows(data["splits"])),
             "",
+            *_tried(card["trials"]),
             "## How it was made",
             f"- solver {card['solver']}: `{json.dumps(card['chosen'])}`; {calibration}",
             f"- backbone {spec['backbone']}, computed in {spec['compute']}; weights digest `{spec['weights_digest']}`",
@@ -168,6 +170,28 @@ def _figures(reported: Mapping[str, Any] | None, *, tta: bool) -> list[str]:
         "The interval is about images like these; nothing is known of others.",
         "",
         *_table(("class", "training images", "reported images", "recall", "precision"), rows),
+    ]
+
+
+def _tried(trials: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not trials:
+        return []
+    rows = [
+        (
+            ", ".join(f"{name} {'none' if value is None else value}" for name, value in trial["values"].items()),
+            "diverged" if trial["held_out_log_loss"] is None else f"{trial['held_out_log_loss']:.4f}",
+            _share(trial["held_out_accuracy"]),
+            "chosen" if trial["is_chosen"] else "",
+        )
+        for trial in trials
+    ]
+    return [
+        "## What was tried",
+        f"Trained without {trials[0]['n_held_out']} of the training images, and judged by the log loss on those. The",
+        "images of the figures above had no part in it.",
+        "",
+        *_table(("options", "held-out log loss", "held-out accuracy", ""), rows),
+        "",
     ]
 
 
