@@ -190,6 +190,32 @@ def test_parse_tries__in_the_order_given() -> None:
     assert list(parsed.items()) == [("lr_head", ["1e-3", "3e-3"]), ("unfreeze", ["none", "layer3+layer4"])]
 
 
+class Stopped(Exception):
+    pass
+
+
+def test_try__stopped_after_the_search__the_chosen_run_alone_goes_on(pets: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SMALL, "unfreeze": "none", "grid": {"lr_head": [1e-3, 3e-2]}}
+    seen: list[EpochRecord] = []
+
+    def stop(record: EpochRecord) -> None:
+        seen.append(record)
+        if len(seen) == 5:  # two trials of two epochs, and one of the run
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        finetune(pets, **options, out=tmp_path / "m.safetensors", on_epoch=stop)
+    lines: list[str] = []
+    resumed = finetune(pets, **options, out=tmp_path / "m.safetensors", resume=True, on_line=lines.append)
+    assert [line for line in lines if line.startswith(("try", "going"))] == [
+        "going on after 1 epochs and 0 images of the next"
+    ]
+    whole = finetune(pets, **options, out=tmp_path / "whole.safetensors")
+    assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert resumed.backbone_passes == whole.backbone_passes == 2 * 24 + 28
+    assert not (tmp_path / "m.safetensors.checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [
@@ -200,9 +226,6 @@ def test_parse_tries__in_the_order_given() -> None:
 def test_try__a_run_goes_on_as_it_began(
     pets: Path, tmp_path: Path, first: dict[str, Any], second: dict[str, Any], message: str
 ) -> None:
-    class Stopped(Exception):
-        pass
-
     def stop(record: EpochRecord) -> None:
         raise Stopped
 

@@ -147,7 +147,7 @@ def finetune(
         typer.Option(
             "--try",
             metavar="NAME=VALUE,...",
-            help="Train each combination first, judged on training rows held out, then the best; repeatable.",
+            help="Train all combinations on 4/5 of the training rows (see --select), then the best; repeatable.",
             show_default=False,
             rich_help_panel=_RUN,
         ),
