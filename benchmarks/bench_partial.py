@@ -16,16 +16,14 @@ import argparse
 import copy
 import json
 import tempfile
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from made_photos import make_photos
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from training_side import CPU, forward_and_back, read_training, second_epoch, side_figures
 from turns import in_turns, ratios, sgemm_gflops, spread
 
 from transfercache.backbones.choice import choose_engine
@@ -35,29 +33,9 @@ from transfercache.commands.boundary import cache_activations
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.environment import describe_environment
 from transfercache.finetuning.activations import Activations, boundary_before
-from transfercache.finetuning.loop import finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.precision import training_compute
-from transfercache.images.manifest import Manifest, hash_files
-from transfercache.images.sources import read_source
-from transfercache.splits import Split
-
-_CPU = torch.device("cpu")
-
-
-def read_training(folder: Path) -> Manifest:
-    """Return all images as training rows: nothing is reported, so that a run is its epochs."""
-    manifest = hash_files(read_source(folder), known={}, scanned_ns=0)
-    return replace(manifest, split=np.full(manifest.n_rows, Split.TRAIN, dtype=np.uint8))
-
-
-def second_epoch(
-    manifest: Manifest, backbone: Backbone, options: FinetuneOptions, activations: Activations | None
-) -> float:
-    """Return its seconds."""
-    spec = EmbedOptions().spec(backbone)
-    result = finetune(manifest, backbone, options=options, spec=spec, device=_CPU, activations=activations)
-    return result.epochs[1].seconds
+from transfercache.images.manifest import Manifest
 
 
 def step_gflops(backbone: Backbone, stage: str) -> dict[str, float]:
@@ -68,18 +46,12 @@ def step_gflops(backbone: Backbone, stage: str) -> dict[str, float]:
     image = torch.zeros(1, 3, crop, crop, device="meta")
     with FlopCounterMode(display=False) as frozen, torch.no_grad():
         activation = before(image)
-    trained = _forward_and_back(behind, activation)
+    trained = forward_and_back(behind, activation)
     return {
-        "partial": trained / 1e9,
-        "on images": (trained + frozen.get_total_flops()) / 1e9,
-        "full": _forward_and_back(copy.deepcopy(network), image) / 1e9,
+        "partial": trained,
+        "on images": trained + frozen.get_total_flops() / 1e9,
+        "full": forward_and_back(copy.deepcopy(network), image),
     }
-
-
-def _forward_and_back(network: nn.Module, inputs: torch.Tensor) -> int:
-    with FlopCounterMode(display=False) as counter:
-        network(inputs).sum().backward()
-    return int(counter.get_total_flops())
 
 
 def measure(
@@ -88,30 +60,18 @@ def measure(
     """Return the figures of all sides in one precision."""
     plain = FinetuneOptions(epochs=2, augment="none", compute=compute, unfreeze=backbone.stages[-1].name)
     everything = FinetuneOptions(epochs=2, compute=compute)
-    rates: list[float] = []
-
-    def rate() -> float:
-        rates.append(sgemm_gflops())
-        return 0.0
-
     sides = {
-        "sgemm": rate,
+        "sgemm": sgemm_gflops,
         "partial": partial(second_epoch, manifest, backbone, plain, activations),
-        "on images": partial(second_epoch, manifest, backbone, plain, None),
-        "full": partial(second_epoch, manifest, backbone, everything, None),
+        "on images": partial(second_epoch, manifest, backbone, plain),
+        "full": partial(second_epoch, manifest, backbone, everything),
     }
     seconds = in_turns(sides, repeats=repeats)
-    sgemm = rates[-len(seconds["partial"]) :]
+    sgemm = seconds.pop("sgemm")
     gflops = step_gflops(backbone, activations.stage)
-    figures: dict[str, Any] = {"compute": training_compute(compute, _CPU)}
+    figures: dict[str, Any] = {"compute": training_compute(compute, CPU)}
     for name, gflop in gflops.items():
-        n = manifest.n_rows
-        figures[name] = {
-            "seconds": spread(seconds[name]),
-            "images_per_second": spread([n / s for s in seconds[name]]),
-            "gflop_per_image": round(gflop, 3),
-            "of_sgemm": spread([n * gflop / s / r for s, r in zip(seconds[name], sgemm, strict=True)]),
-        }
+        figures[name] = side_figures(seconds[name], sgemm, n_images=manifest.n_rows, gflop=gflop)
     for name in ("on images", "full"):
         arithmetic = gflops[name] / gflops["partial"]
         measured = [other / own for other, own in zip(seconds[name], seconds["partial"], strict=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,10 @@ _AHEAD = 1024  # photographs under way at a time
 def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
     """Write `n_images` JPEGs of distinct bytes in a folder a class, and return `folder`.
 
-    The classes are those of the folders in which the photographs under `source` lie, or two.
+    The classes are those of the folders in which the photographs under `source` lie, or two. They take turns, so that
+    a few images have them all; `train/` is used up before `val/`.
     """
-    photographs = sorted(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS) if source else []
+    photographs = _in_turns(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS) if source else []
     if source is not None and not photographs:
         raise SystemExit(f"{source}: holds no photographs (files that end in {', '.join(_ENDINGS)})")
 
@@ -39,6 +42,12 @@ def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
     for _, written in run_ahead(range(n_images), write, workers=None, window=_AHEAD):
         written.result()
     return folder
+
+
+def _in_turns(photographs: Iterable[Path]) -> list[Path]:
+    by_folder = groupby(sorted(photographs, key=lambda path: (path.parent, path.name)), key=lambda path: path.parent)
+    ranked = [(folder.parent, rank, path) for folder, paths in by_folder for rank, path in enumerate(paths)]
+    return [path for _, _, path in sorted(ranked)]
 
 
 def _crop(path: Path, rng: np.random.Generator) -> Image.Image:

@@ -47,6 +47,7 @@ BENCHMARKS = (
     Benchmark("startup", ("--repeats=7",), ("--repeats=2",)),
     Benchmark("label_errors", ("--seeds=20",), ("--seeds=2",), "needed"),
     Benchmark("lp_ft", ("--images=2000",), ("--images=100", "--pixels=32", "--seeds=1"), "taken"),
+    Benchmark("finetune", ("--images=244",), ("--images=16", "--repeats=1", "--seeds=1", "--pixels=64"), "taken"),
     Benchmark("partial", ("--images=244",), ("--images=16", "--repeats=1", "--compute=fp32"), "taken"),
     Benchmark("compare", ("--repeats=3",), ("--repeats=1",), "needed"),
     Benchmark("cache", ("--repeats=7",), ("--rows=10000", "--repeats=2")),

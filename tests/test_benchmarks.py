@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfercache.backbones.choice import available_computes
 from transfercache.environment import describe_environment, n_cores, processor_name
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -30,6 +31,7 @@ def test_every_benchmark__is_run_here() -> None:
         "bench_cache.py",
         "bench_compare.py",
         "bench_extract.py",
+        "bench_finetune.py",
         "bench_gpu.py",
         "bench_heads.py",
         "bench_label_errors.py",
@@ -172,9 +174,8 @@ def test_run_all__keeps_what_is_there_and_writes_the_page(tmp_path: Path) -> Non
 def _names() -> list[str]:
     """The order of the page, which leaves no benchmark out."""
     names = [
-        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "lp_ft", "partial", "compare",
-        "cache",
-        "storage_dtype", "views",
+        "extract", "gpu", "peers", "heads", "out_of_core", "startup", "label_errors", "lp_ft", "finetune", "partial",
+        "compare", "cache", "storage_dtype", "views",
     ]  # fmt: skip
     assert sorted(names) == sorted(path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py"))
     return names
@@ -212,3 +213,20 @@ def test_bench_partial(tmp_path: Path) -> None:
     assert arithmetic == pytest.approx({"on images": 2.2, "full": 4.4}, rel=0.05)
     assert figures["partial against full"]["times_faster"]["median"] > 0
     assert figures["partial"]["of_sgemm"]["median"] > 0
+
+
+def test_bench_finetune(tmp_path: Path) -> None:
+    _write_photos(tmp_path)
+    words = ("photos", "--images=8", "--repeats=0", "--seeds=1", "--pixels=32")
+    printed = run("bench_finetune.py", *words, folder=tmp_path)
+    computes = [name for name in ("fp32", "bf16") if name in available_computes("cpu")]
+    for part in (printed["resident"], printed["end_to_end"]):
+        assert list(part) == ["tutorial", *computes]
+        assert all(side["of_sgemm"]["median"] > 0 for side in part.values())
+        # Forward F and twice that back, but for the gradients of the first layer's inputs.
+        assert all(side["gflop_per_image"] == pytest.approx(3 * 0.074, rel=0.05) for side in part.values())
+        quotient = part["tutorial"]["seconds"]["median"] / part["fp32"]["seconds"]["median"]
+        assert part["fp32"]["times_faster"]["median"] == pytest.approx(quotient, rel=1e-2)
+    assert printed["accuracy"]["reported_images"] == 8
+    by_seed = [printed["accuracy"][compute]["by_seed"] for compute in computes]
+    assert all(len(seeds) == 1 and seeds[0] * 8 == int(seeds[0] * 8) for seeds in by_seed)
