@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from transfercache.heads.problem import Float64Array
 
@@ -18,6 +20,8 @@ MEMORY = 20
 #: Sufficient decrease, and the share of the slope that must be left where values differ by rounding only.
 _DECREASE = 1e-4
 _MAX_HALVINGS = 12
+#: Of the change's square, below which the product of a step and a change is rounding.
+_LEAST_CURVATURE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,43 +34,64 @@ class Point:
 
 
 class Curvature:
-    """An inverse Hessian, approximated from the last steps (Nocedal and Wright, Numerical Optimization, 7.2)."""
+    """An inverse Hessian, approximated from the last steps (Nocedal and Wright, Numerical Optimization, 7.2).
 
-    def __init__(self) -> None:
-        # step, change of gradient, their product
-        self._pairs: deque[tuple[Float64Array, Float64Array, float]] = deque(maxlen=MEMORY)
+    Steps and changes are rows of two arrays, whose products with each other are kept, so that both loops of the method
+    are matrix-vector products: a third of the time of vectors one by one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        self._shape = (MEMORY, *shape)
+        self._steps = np.zeros((MEMORY, math.prod(shape)), dtype)  # s
+        self._changes = np.zeros_like(self._steps)  # y, of the gradient
+        self._products = np.zeros((MEMORY, MEMORY))  # s_i y_j, where j is not older than i
+        self._order: list[int] = []  # the rows that hold a pair, from the oldest to the newest
 
     def learn(self, step: Float64Array, change: Float64Array) -> None:
         """Keep a pair, if it shows curvature beyond rounding."""
         product = float(np.vdot(step, change))
-        if product > 1e-12 * np.vdot(change, change):
-            self._pairs.append((step, change, product))
+        if not product > _LEAST_CURVATURE * np.vdot(change, change):
+            return
+        is_full = len(self._order) == MEMORY
+        row = self._order.pop(0) if is_full else next(i for i in range(MEMORY) if i not in self._order)
+        self._order.append(row)
+        self._steps[row], self._changes[row] = step.ravel(), change.ravel()
+        self._products[:, row] = self._steps @ self._changes[row]
+        self._products[row, row] = product
 
     def add_penalty(self, difference: float, penalised: slice) -> None:
         """Take account of `difference` more l2 on the columns `penalised` of x [K, D + 1]."""
-        pairs, self._pairs = self._pairs, deque(maxlen=MEMORY)
-        for step, change, _ in pairs:
-            change[:, penalised] += difference * step[:, penalised]
-            self.learn(step, change)
+        steps, changes = self._steps.reshape(self._shape), self._changes.reshape(self._shape)
+        for row in self._order:
+            changes[row, :, penalised] += difference * steps[row, :, penalised]
+        self._products = (self._steps @ self._changes.T).astype(np.float64)
+        squares = np.einsum("ij,ij->i", self._changes, self._changes)
+        self._order = [row for row in self._order if self._products[row, row] > _LEAST_CURVATURE * squares[row]]
 
     def direction(self, gradient: Float64Array, first: Callable[[Float64Array], Float64Array]) -> Float64Array:
         """Return minus the inverse Hessian times the gradient.
 
         `first` multiplies by what it is before a pair is known; after that the last pair scales it.
         """
-        q = -gradient
-        shares = []
-        for step, change, product in reversed(self._pairs):
-            share = np.vdot(step, q) / product
-            q -= share * change
-            shares.append(share)
-        q = first(q)
-        if self._pairs:
-            _, change, product = self._pairs[-1]
-            q *= product / np.vdot(change, first(change))
-        for (step, change, product), share in zip(self._pairs, reversed(shares), strict=True):
-            q += (share - np.vdot(change, q) / product) * step
+        if not self._order:
+            return first(-gradient)
+        products, newest = self._products, self._order[-1]
+        falls = -(self._steps @ gradient.ravel().astype(self._steps.dtype))
+        shares = np.zeros(MEMORY)
+        for row in reversed(self._order):
+            shares[row] = (falls[row] - products[row] @ shares) / products[row, row]
+        q = first(-gradient - self._combine(shares, self._changes))
+        change = self._changes[newest].reshape(gradient.shape)
+        q *= products[newest, newest] / np.vdot(change, first(change))
+        bends = self._changes @ q.ravel().astype(self._changes.dtype)
+        corrections = np.zeros(MEMORY)
+        for row in self._order:
+            corrections[row] = shares[row] - (bends[row] + products[:, row] @ corrections) / products[row, row]
+        q += self._combine(corrections, self._steps)
         return q
+
+    def _combine(self, shares: Float64Array, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.asarray(shares.astype(rows.dtype) @ rows).reshape(self._shape[1:])
 
 
 def minimise(

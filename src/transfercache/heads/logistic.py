@@ -18,7 +18,7 @@ from transfercache.heads.lbfgs import Curvature, Point, minimise
 from transfercache.heads.problem import Affine, Chosen, Float64Array, Int64Array, Problem
 from transfercache.heads.select import select
 from transfercache.heads.softmax_loss import SoftmaxLoss
-from transfercache.heads.standardise import Standardised
+from transfercache.heads.standardise import Scale, Standardised
 from transfercache.heads.threads import MIN_SHARED, one_blas_thread
 from transfercache.heads.whitening import Whitening
 from transfercache.randomness import derive_rng
@@ -35,13 +35,16 @@ DEFAULT_C = 1.0
 #: bounded by 1e-5 were 1e-6 to 5e-6 of the objective.
 GAP = {np.dtype(np.float64): 1e-8, np.dtype(np.float32): 1e-5}
 PATH_GAP = {np.dtype(np.float64): 1e-4, np.dtype(np.float32): 1e-3}
-START_GAP = 1e-3
+START_GAP = 3e-3
 #: What still counts as converged: rounding may end a fit of classes that are separated almost without a penalty.
 CONVERGED_GAP = 1e-3
 #: Passes over the rows; a fit that takes more separates its classes almost without a penalty.
 MAX_PASSES = 1000
 #: A quarter of the rows, at least this many, gives a start from which all rows need a third of the passes.
 START_SHARE, MIN_START_ROWS = 4, 2000
+#: From zero straight to a weak penalty all rows become certain on the way, where the curvature of before misleads. So
+#: the penalty is lowered tenfold at a time, from about 1, the variance of a column, and each optimum need only be near.
+APPROACH, APPROACH_GAP = 10, 0.5
 
 #: C is chosen on so many rows at most, and at least so many of each class: that is 45 fits, of a grid whose steps are
 #: coarse. C multiplies the sum of the losses, so that the best one hardly moves with the number of rows.
@@ -85,7 +88,7 @@ def fit_at(
     if start is not None:
         descent.begin_at(start)
     else:
-        descent.begin_after(_descent_on_fewer_rows(problem, l2, whitening))
+        _begin(descent, problem, l2, whitening)
     descent.solve(l2, gap=descent.final_gap if gap is None else gap)
     reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
@@ -166,30 +169,32 @@ def _l2(problem: Problem, C: float) -> float:
     return (2 if problem.n_targets == 2 else 1) / (C * float(problem.row_weights.sum()))
 
 
-def _descent_on_fewer_rows(problem: Problem, l2: float, whitening: Whitening | None) -> _Descent | None:
-    """Return a descent to the optimum on a part of the rows, itself begun on fewer; None where that saves no pass."""
+def _begin(descent: _Descent, problem: Problem, l2: float, whitening: Whitening | None) -> None:
+    """Bring a descent near its optimum: from zero to that on a part of its rows; few rows by stronger penalties."""
     n_rows = problem.blocks.shape[0]
     n_part = n_rows // START_SHARE
     if n_part < MIN_START_ROWS:
-        return None
+        for power in range(math.floor(-math.log(l2, APPROACH)), 0, -1):
+            descent.solve(APPROACH**power * l2, gap=APPROACH_GAP)
+        return
     # Sorted: rows of a file are then read in order.
     rows = np.sort(derive_rng(problem.settings.seed, "start").permutation(n_rows)[:n_part])
     part = problem.subset(rows)
-    descent = _Descent(part, whitening)
-    descent.begin_after(_descent_on_fewer_rows(part, l2, whitening))
-    descent.solve(l2, gap=START_GAP)
-    return descent
+    earlier = _Descent(part, whitening, scale=descent.scale)
+    _begin(earlier, part, l2, whitening)
+    earlier.solve(l2, gap=START_GAP)
+    descent.begin_after(earlier)
 
 
 class _Descent:
     """Parameters [K, D + 1] on standardised rows, from zero or a start to the optima of one l2 after another."""
 
-    def __init__(self, problem: Problem, whitening: Whitening | None) -> None:
+    def __init__(self, problem: Problem, whitening: Whitening | None, *, scale: Scale | None = None) -> None:
         # Small problems are cheap in float64; in large ones float32 halves the time, and sums are float64 in any case.
         is_small = problem.n_multiplications < MIN_SHARED
         self.dtype: np.dtype[Any] = np.dtype(np.float64 if is_small else np.float32)
         self._rounding = 10 * float(np.finfo(self.dtype).eps)
-        self._rows = Standardised(problem.blocks, self.dtype)
+        self._rows = Standardised(problem.blocks, self.dtype, scale)
         self.loss = SoftmaxLoss(self._rows, problem.targets, problem.row_weights)
         counts = np.bincount(problem.targets, problem.row_weights, problem.n_targets)
         # [K]; a part of the rows may lack a class, which then counts as one row: its intercept has no optimum.
@@ -197,7 +202,7 @@ class _Descent:
         self._whitening = whitening
         self._parameters = np.zeros((problem.n_targets, problem.blocks.shape[1] + 1))
         self._departure = self._parameters
-        self._curvature = Curvature()
+        self._curvature = Curvature(self._parameters.shape, self.dtype)
         self._mean_loss = math.log(problem.n_targets)
         self._l2: float | None = None
         self._point: Point | None = None
@@ -206,14 +211,15 @@ class _Descent:
         """Go on from a map on raw embeddings."""
         self._parameters[:, :-1], self._parameters[:, -1] = self._rows.scale.unfold(start)
 
-    def begin_after(self, earlier: _Descent | None) -> None:
-        """Go on from where a descent on fewer of the rows stands, with the curvature that it saw; else from zero."""
-        if earlier is None:
-            # Straight to a weak penalty all rows become certain on the way, and the curvature of before misleads.
-            self._whitening = None
-            return
+    def begin_after(self, earlier: _Descent) -> None:
+        """Go on from where a descent on fewer of the rows stands, with the curvature that it saw."""
         self.begin_at(earlier.affine())
         self._curvature, self._l2 = earlier._curvature, earlier._l2
+
+    @property
+    def scale(self) -> Scale:
+        """How its rows are standardised."""
+        return self._rows.scale
 
     @property
     def final_gap(self) -> float:

@@ -40,10 +40,10 @@ class SoftmaxLoss:
                 x = self._rows.read(block.start, block.stop)  # [B, D]
                 z = x @ weight.T  # [B, K]
                 z += bias
-                loss += float(_losses_and_residuals(z, self._targets[block]) @ self._weights[block])
-                z *= self._weights[block, None].astype(z.dtype)
+                weights = self._weights[block]
+                loss += float(_losses_and_residuals(z, self._targets[block], weights.astype(z.dtype)) @ weights)
                 gradient[:, :-1] += z.T @ x
-                gradient[:, -1] += z.sum(axis=0)
+                gradient[:, -1] += np.ones(len(z), z.dtype) @ z
             return loss, gradient
 
         sums = share_rows(n_rows, n_rows * parameters.size, add_up)
@@ -52,8 +52,8 @@ class SoftmaxLoss:
         return sum(loss for loss, _ in sums) / self._total, gradient
 
 
-def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array) -> npt.NDArray[Any]:
-    """Return the losses [B] of logits [B, K], which are replaced by softmax minus one-hot, the gradient by them.
+def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array, row_weights: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the losses [B] of logits [B, K], which are replaced by softmax minus one-hot, the gradient, times weights.
 
     Both are sums over the other classes, so that rows near certainty keep their digits: 1 - p would have none left.
     """
@@ -65,10 +65,11 @@ def _losses_and_residuals(z: npt.NDArray[Any], targets: Int64Array) -> npt.NDArr
     np.exp(z, out=z)
     own = z[at]
     z[at] = 0
-    others = z.sum(axis=1)
+    others = z @ np.ones(z.shape[1], z.dtype)  # a third of the time of a sum
     total = own + others
-    z /= total[:, None]
-    z[at] = -others / total
+    scale = row_weights / total
+    z *= scale[:, None]
+    z[at] = -others * scale
     # Where the target's own term underflows, or nearly, its logit says the same without a division by it.
     is_likely = logit > -1
     return np.asarray(np.where(is_likely, np.log1p(others / np.where(is_likely, own, 1)), np.log(total) - logit))

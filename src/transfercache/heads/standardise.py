@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.blocks import FeatureBlocks, in_order
+from transfercache.cache.blocks import FeatureBlocks
 from transfercache.heads.problem import Affine, Float64Array, Int64Array
+from transfercache.heads.threads import share_rows
 
 #: Standardised rows are kept in memory up to this; more are read and standardised again in every pass.
 MAX_BYTES_IN_MEMORY = 512 << 20
@@ -18,6 +20,24 @@ MAX_BYTES_IN_MEMORY = 512 << 20
 def least_deviation(mean: Float64Array) -> Float64Array:
     """Return [D], what float32 cannot tell from the mean: blowing it up to unit variance would fit rounding."""
     return np.asarray(np.finfo(np.float32).eps * np.abs(mean) + np.finfo(np.float32).tiny / np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """Of n rows the mean [D] and the sum of squares about it [D]."""
+
+    n_rows: int
+    mean: Float64Array
+    squares: Float64Array
+
+    def merge(self, other: _Moments) -> _Moments:
+        """Return those of both together."""
+        n_rows = self.n_rows + other.n_rows
+        if n_rows == 0:
+            return self
+        shift, share = other.mean - self.mean, other.n_rows / n_rows
+        squares = self.squares + other.squares + shift**2 * (self.n_rows * share)
+        return _Moments(n_rows, self.mean + shift * share, squares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +51,19 @@ class Scale:
     def of(cls, blocks: FeatureBlocks) -> Scale:
         """Measure the columns in float64, merging blocks (Chan, Golub and LeVeque, 1983, equation 2.1)."""
         n_rows, dim = blocks.shape
-        mean, squares = np.zeros(dim), np.zeros(dim)
-        for place, features in in_order(blocks):
-            n_block, share = len(features), len(features) / (place.start + len(features))
-            block_mean = features.mean(axis=0, dtype=np.float64)
-            centred = features - block_mean  # float64 [B, D]
-            shift = block_mean - mean
-            squares += np.einsum("ij,ij->j", centred, centred) + shift**2 * (n_block * (1 - share))
-            mean += shift * share
-        deviation = np.sqrt(squares / n_rows)
+
+        def measure(places: list[slice]) -> _Moments:
+            moments = _Moments(0, np.zeros(dim), np.zeros(dim))
+            for place in places:
+                features = blocks.read(place.start, place.stop)
+                mean = features.mean(axis=0, dtype=np.float64)
+                centred = features - mean  # float64 [B, D]
+                moments = moments.merge(_Moments(len(features), mean, np.einsum("ij,ij->j", centred, centred)))
+            return moments
+
+        moments = reduce(_Moments.merge, share_rows(n_rows, n_rows * dim, measure))
+        mean = moments.mean
+        deviation = np.sqrt(moments.squares / n_rows)
         return cls(mean, np.where(deviation > least_deviation(mean), deviation, 1.0))
 
     def apply(self, features: npt.NDArray[Any], dtype: npt.DTypeLike = np.float64) -> npt.NDArray[Any]:
@@ -59,18 +83,22 @@ class Scale:
 
 
 class Standardised:
-    """The rows of `blocks`, standardised by themselves, in `dtype`; in memory where they fit."""
+    """The rows of `blocks`, standardised by `scale`, by default their own, in `dtype`; in memory where they fit."""
 
-    def __init__(self, blocks: FeatureBlocks, dtype: npt.DTypeLike) -> None:
+    def __init__(self, blocks: FeatureBlocks, dtype: npt.DTypeLike, scale: Scale | None = None) -> None:
         self.shape, self.dtype = blocks.shape, np.dtype(dtype)
-        self.scale = Scale.of(blocks)
+        self.scale = Scale.of(blocks) if scale is None else scale
         self._blocks = blocks
         self._rows: npt.NDArray[Any] | None = None  # [N, D]
         n_rows, dim = self.shape
         if n_rows * dim * self.dtype.itemsize <= MAX_BYTES_IN_MEMORY:
-            self._rows = np.empty(self.shape, self.dtype)
-            for place, features in in_order(blocks):
-                self._rows[place] = self.scale.apply(features, self.dtype)
+            rows = self._rows = np.empty(self.shape, self.dtype)
+
+            def fill(places: list[slice]) -> None:
+                for place in places:
+                    rows[place] = self.scale.apply(blocks.read(place.start, place.stop), self.dtype)
+
+            share_rows(n_rows, n_rows * dim, fill)
 
     @property
     def is_in_memory(self) -> bool:

@@ -34,4 +34,7 @@ class Whitening:
         """Return the blocks times a gradient [K, D + 1]; `curvature` [K] is q, the last column the intercepts'."""
         turned = gradient[:, :-1].astype(np.float32) @ self._vectors
         turned /= (curvature[:, None] * self._values + l2).astype(np.float32)
-        return np.column_stack([turned @ self._vectors.T, gradient[:, -1] / curvature])
+        product = np.empty(gradient.shape)
+        product[:, :-1] = turned @ self._vectors.T
+        product[:, -1] = gradient[:, -1] / curvature
+        return product
