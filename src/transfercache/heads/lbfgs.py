@@ -43,7 +43,7 @@ class Curvature:
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self._shape = (MEMORY, *shape)
         self._steps = np.zeros((MEMORY, math.prod(shape)), dtype)  # s
-        self._changes = np.zeros_like(self._steps)  # y, of the gradient
+        self._changes = np.zeros(self._steps.shape, dtype)  # y, of the gradient; no page is touched yet
         self._products = np.zeros((MEMORY, MEMORY))  # s_i y_j, where j is not older than i
         self._order: list[int] = []  # the rows that hold a pair, from the oldest to the newest
 

@@ -35,7 +35,7 @@ class SoftmaxLoss:
         bias = parameters[:, -1].astype(self._rows.dtype)
 
         def add_up(blocks: list[slice]) -> LossAndGradient:
-            loss, gradient = 0.0, np.zeros_like(parameters)
+            loss, gradient = 0.0, np.zeros(parameters.shape)
             for block in blocks:
                 x = self._rows.read(block.start, block.stop)  # [B, D]
                 z = x @ weight.T  # [B, K]
