@@ -37,7 +37,7 @@ class Curvature:
     """An inverse Hessian, approximated from the last steps (Nocedal and Wright, Numerical Optimization, 7.2).
 
     Steps and changes are rows of two arrays, whose products with each other are kept, so that both loops of the method
-    are matrix-vector products: a third of the time of vectors one by one.
+    are matrix-vector products: half the time of vectors one by one.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
