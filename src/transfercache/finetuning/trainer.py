@@ -16,6 +16,7 @@ from transfercache import config
 from transfercache.backbones.devices import memory_errors
 from transfercache.backbones.registry import Backbone
 from transfercache.finetuning.batches import Batch
+from transfercache.finetuning.folding import fold_norms
 from transfercache.finetuning.groups import ParameterGroup, freeze_stages, optimizer_groups, set_training_modes
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.precision import autocast
@@ -140,6 +141,8 @@ def build_trainer(
     if options.ema is not None:
         averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
     part = take_part(network)
+    if options.batch_norm == "frozen":
+        fold_norms(network, backbone.preprocessing.crop)  # after the copy and the cut: only what trains has to know
     return Trainer(
         network=network,
         part=part,
