@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from transfercache.heads.problem import Float64Array, Problem
@@ -10,8 +12,10 @@ from transfercache.randomness import derive_rng
 
 #: Rows that the correlations are taken from, for each column: more changed no count of passes.
 ROWS_PER_COLUMN = 16
-#: s, the share of a class's own rows: half near certainty, less far from it; uncertain rows lie less far out.
-OWN_SHARE = 0.25
+#: s, the share of a class's own rows: half near certainty, but the uncertain ones among them lie less far out. Where
+#: the mean loss stays high it is next to nothing: exp(-loss) is the probability of a row's own class, and this power of
+#: it came within a third of the passes of each case's own best share (docs/experiments.md).
+OWN_SHARE, OWN_POWER = 0.25, 8
 
 
 class Whitening:
@@ -38,16 +42,17 @@ class Whitening:
             means[target] = own.mean(axis=0)
         self._means = means @ self._vectors  # [K, D]
 
-    def apply(self, gradient: Float64Array, *, curvature: Float64Array, l2: float) -> Float64Array:
+    def apply(self, gradient: Float64Array, *, curvature: Float64Array, mean_loss: float, l2: float) -> Float64Array:
         """Return the blocks times a gradient [K, D + 1]; `curvature` [K] is q, the last column the intercepts'."""
+        own_share = OWN_SHARE * math.exp(-OWN_POWER * mean_loss)
         q = curvature[:, None].astype(np.float32)
         block = q * self._values.astype(np.float32) + np.float32(l2)  # [K, D]
         turned = gradient[:, :-1].astype(np.float32) @ self._vectors
         turned /= block
         # Sherman and Morrison's formula.
         along = self._means / block
-        bend = OWN_SHARE * q * (self._means * turned).sum(axis=1, keepdims=True)
-        turned -= along * (bend / (1 + OWN_SHARE * q * (self._means * along).sum(axis=1, keepdims=True)))
+        bend = own_share * q * (self._means * turned).sum(axis=1, keepdims=True)
+        turned -= along * (bend / (1 + own_share * q * (self._means * along).sum(axis=1, keepdims=True)))
         product = np.empty(gradient.shape)
         product[:, :-1] = turned @ self._vectors.T
         product[:, -1] = gradient[:, -1] / curvature
