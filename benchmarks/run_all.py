@@ -98,7 +98,11 @@ def without_places(figures: Any) -> Any:
 
 def main(given: argparse.Namespace) -> None:
     """Run what is asked for and not there, and write the page of all that is there."""
-    given.results.mkdir(parents=True, exist_ok=True)
+    kept = HERE if not given.quick else HERE.parent / "build" / "benchmarks"
+    given.results = given.results or kept / "results"
+    given.page = given.page or (kept / "page.md" if given.quick else HERE.parent / "docs" / "benchmarks.md")
+    for folder in (given.results, given.page.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     names = [benchmark.name for benchmark in BENCHMARKS]
     only = names if given.only is None else [name for name in given.only.split(",") if name]
     if unknown := set(only) - set(names):
@@ -107,8 +111,8 @@ def main(given: argparse.Namespace) -> None:
         is_kept = (given.results / f"{benchmark.name}.json").exists()
         if benchmark.name in only and can_run(benchmark, given) and (given.again or not is_kept):
             run(benchmark, given)
-    kept = {name: given.results / f"{name}.json" for name in names}
-    figures = {name: json.loads(path.read_text()) for name, path in kept.items() if path.exists()}
+    paths = {name: given.results / f"{name}.json" for name in names}
+    figures = {name: without_places(json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
     given.page.write_text(render_page(names, figures), encoding="utf-8")
 
 
@@ -117,11 +121,15 @@ if __name__ == "__main__":
     parser.add_argument("photographs", nargs="?", type=Path)
     parser.add_argument("--weights", default="random")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument(
+        "--results", type=Path, help="by default benchmarks/results, with --quick build/benchmarks/results"
+    )
     parser.add_argument("--only", help="names, or nothing to write the page alone")
     parser.add_argument("--again", action="store_true", help="also what is in the folder of results")
     parser.add_argument("--real", type=Path, help="arrays X and y for bench_heads.py")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the cache of bench_out_of_core.py")
     parser.add_argument("--environments", type=Path, help="a folder that keeps those of bench_peers.py")
-    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "benchmarks.md")
+    parser.add_argument(
+        "--page", type=Path, help="by default docs/benchmarks.md, with --quick build/benchmarks/page.md"
+    )
     main(parser.parse_args())

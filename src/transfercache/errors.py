@@ -87,6 +87,10 @@ class ResourceError(TlcError):
     exit_code = 6
 
 
+class OutOfMemoryError(ResourceError):
+    """A batch of images does not fit into the device's memory."""
+
+
 class LockedError(ResourceError):
     """Another process is writing to this cache."""
 

@@ -118,7 +118,7 @@ def test_try__tells_what_is_tried_as_it_begins(outcome: FinetuneOutcome, told: l
 def test_try__the_same_for_a_person(outcome: FinetuneOutcome, capsys: pytest.CaptureFixture[str]) -> None:
     assert finish(outcome, as_json=False) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("tried, and judged on 2 training rows held out")
+    assert printed.startswith("tried with 2 training rows held out")
     rows = [[cell.strip() for cell in line.strip("│\n").split("│")] for line in printed.splitlines() if line[0] == "│"]
     for row, trial in zip(rows, outcome.to_json()["trials"], strict=False):
         values = [str(value or "none") for value in trial["values"].values()]
@@ -136,7 +136,7 @@ def test_try__stands_in_the_card(outcome: FinetuneOutcome, folder: Path) -> None
     text = (folder / "m.card.md").read_text()
     assert "## What was tried\nTrained without 2 of the training images, and judged by the log loss on those." in text
     loss = outcome.trials[0].held_out_log_loss
-    assert f"| lr_head 0.001, ema none | {loss:.4f} | " in text
+    assert f"| `--lr-head 0.001`; `--ema none` | {loss:.4f} | " in text
     assert text.count("| chosen |") == 1
 
 

@@ -96,6 +96,7 @@ def test_combine__all_in_the_order_given_with_values_of_the_option_s_type() -> N
         ({"lr_hed": ["1", "2"]}, r"--try lr-hed: must be one of epochs, batch-size, .* \(did you mean lr-head"),
         ({"seed": ["1", "2"]}, r"--try seed: must be one of epochs, batch-size, unfreeze, optimizer, lr-backbone"),
         ({"select": ["0.1", "0.2"]}, "--try select: must be one of "),
+        ({"lr_head": "1e-3,1e-2"}, "--try lr-head: '1e-3,1e-2' must be a list of values"),
         ({"lr_head": ["1e-3", "high"]}, "--try lr-head=high: must be a number"),
         ({"lr_head": ["none", "1"]}, "--try lr-head=none: must be a number"),
         ({"epochs": ["2", "2.5"]}, r"--try epochs=2\.5: must be a whole number"),
@@ -187,14 +188,14 @@ def test_search__a_loss_that_is_no_number_loses(make_photos: MakePhotos, two_sta
 
 def test_search__where_none_has_figures(make_photos: MakePhotos, two_stages: Backbone, tmp_path: Path) -> None:
     manifest = read(make_photos(train=10, val=3))
-    with pytest.raises(UsageError, match="--try: the loss of every combination stopped being a number; give lower"):
+    with pytest.raises(UsageError, match="--try: every combination diverged or ran out of memory; give lower rates"):
         _search(manifest, two_stages, tmp_path / "c", grid={"lr_head": ["1e38", "2e38"]})
     assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize(("losses", "chosen"), [([0.5, 0.3, 0.3], 1), ([None, 0.3], 1), ([0.0, 0.1, None], 0)])
 def test_choose_trial__ties_go_to_the_earlier(losses: list[float | None], chosen: int) -> None:
-    trials = [Trial({"lr_head": float(n)}, loss, 0.5, 1, 1.0, 10, 4) for n, loss in enumerate(losses)]
+    trials = [Trial({"lr_head": float(n)}, None, loss, 0.5, 1, 1.0, 10, 4) for n, loss in enumerate(losses)]
     assert choose_trial(trials) is trials[chosen]
 
 

@@ -10,8 +10,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from transfercache.cache.blocks import ArrayBlocks
 from transfercache.heads import logistic
 from transfercache.heads.fit import fit_head
+from transfercache.heads.problem import Problem, Settings
 
 
 @pytest.mark.parametrize("solver", ["logistic", "sklearn"])
@@ -64,11 +66,34 @@ def test_logistic__of_many_rows__chooses_c_on_a_part_of_each_class(make_table, o
     head = fit_head(make_table(features, labels), seed=1)
     counts = np.bincount(labels)
     assert head.chosen["rows"] == sum(min(count, max(10, count * 90 // 300)) for count in counts)
+    with monkeypatch.context() as patch:  # too few for ten of each
+        patch.setattr(logistic, "MAX_CHOICE_ROWS", 24)
+        assert fit_head(make_table(features, labels), seed=1).chosen["rows"] == sum(
+            max(8, c * 24 // 300) for c in counts
+        )
     assert head.chosen["C"] == logistic.C_GRID[int(np.argmin(head.chosen["mean_log_loss"]))]
     # The head itself is of all rows.
     alone = fit_head(make_table(features, labels), C=head.chosen["C"], seed=1)
     np.testing.assert_allclose(head.weight, alone.weight, rtol=1e-4, atol=1e-7)
     assert head.n_train == 300
+
+
+def test_logistic__of_many_rows__chooses_c_on_images_with_all_their_views(monkeypatch):
+    image = np.repeat(np.arange(60), 3)
+    problem = Problem(
+        ArrayBlocks(np.zeros((180, 2), np.float32)),
+        targets=image % 2,
+        n_targets=2,
+        row_weights=np.full(180, 1 / 3),
+        is_scored=np.arange(180) % 3 == 0,
+        component=image,
+        settings=Settings(C=None, optimizer="adamw", seed=0),
+    )
+    monkeypatch.setattr(logistic, "MAX_CHOICE_ROWS", 90)
+    rows = logistic._rows_to_choose_on(problem)
+    assert np.all(np.diff(rows) > 0)
+    assert set(np.bincount(image[rows], minlength=60)) == {0, 3}
+    assert np.bincount(problem.targets[rows]).tolist() == [45, 45]
 
 
 def test_logistic__permuted_rows_give_the_same_head(make_table, overlapping):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from transfercache.environment import processor_name
-from transfercache.errors import ResourceError, UsageError, did_you_mean
+from transfercache.errors import OutOfMemoryError, ResourceError, UsageError, did_you_mean
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -59,7 +59,7 @@ def memory_errors(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise ResourceError(f"{device}: out of memory for a batch of images; give a smaller --batch-size") from error
+        raise OutOfMemoryError(f"{device}: out of memory for a batch of images; give a smaller --batch-size") from error
 
 
 def device_name(device: torch.device) -> str:

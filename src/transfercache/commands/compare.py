@@ -219,7 +219,7 @@ def compare(
             caches={name: extraction.cache for name, extraction in extractions.items()},
             row_words=row_words,
             epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
-            cache_words=changed_words(cache_dir=(cache_dir, None)),
+            cache_words=changed_words(cache_dir=(cache_dir, None), storage_dtype=(storage_dtype, config.STORAGE_DTYPE)),
         )
 
     deadline = math.inf if max_minutes is None else start + 60 * max_minutes

@@ -112,14 +112,14 @@ def trials_to_json(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 def _render_trials(trials: Sequence[Trial]) -> RenderableType:
     from rich.table import Table
 
-    title = f"tried, and judged on {trials[0].n_held_out} training rows held out"
+    title = f"tried with {trials[0].n_held_out} training rows held out"
     table = Table(*map(name_flag, trials[0].values), title=title, title_justify="left")
     for name in ("log loss", "accuracy", "epoch", "seconds"):
         table.add_column(name, justify="right")
     table.add_column()
     for trial in trials:
         loss, accuracy = trial.held_out_log_loss, trial.held_out_accuracy
-        figures = ("diverged", "-") if loss is None else (f"{loss:.4f}", f"{accuracy:.3f}")
+        figures = (trial.failure, "-") if loss is None else (f"{loss:.4f}", f"{accuracy:.3f}")
         values = ["none" if value is None else str(value) for value in trial.values.values()]
         mark = "chosen" if trial is choose_trial(trials) else ""
         table.add_row(*values, *figures, str(trial.epoch), f"{trial.seconds:.1f}", mark)

@@ -56,7 +56,7 @@ def fold_norms(network: nn.Module, crop: int) -> int:
 
     Only while the convolution is in train mode and the norm is not: evaluation stays what it is. Names, parameters and
     state_dict stay too. `crop` is the side of its images in pixels. A convolution or norm that is a subclass, runs more
-    than once or has no parameters of its own is left alone.
+    than once or has no parameters of its own is left alone. `network` is in eval mode.
     """
     pairs = list(_pairs(network, crop))
     for conv, norm in pairs:

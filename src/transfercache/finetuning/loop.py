@@ -38,7 +38,7 @@ from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
 # Of what a checkpoint holds; one of another number is of another run.
-_CHECKPOINT_FORMAT = 1
+_CHECKPOINT_FORMAT = 2
 
 
 def finetune(

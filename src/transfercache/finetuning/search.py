@@ -19,7 +19,8 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from transfercache import config
-from transfercache.errors import DivergenceError, UsageError, did_you_mean
+from transfercache.environment import installed_versions
+from transfercache.errors import DivergenceError, OutOfMemoryError, UsageError, did_you_mean
 from transfercache.files import write_atomic
 from transfercache.finetuning.checkpoints import Checkpoints
 from transfercache.finetuning.options import FinetuneOptions
@@ -44,6 +45,7 @@ _NOT_TRIED = ("compute", "has_head", "patience", "seed", "select", "workers")
 _NAMES = tuple(field.name for field in fields(FinetuneOptions) if field.name not in _NOT_TRIED)
 _TRIAL: Mapping[str, type | tuple[type, ...]] = {
     "values": dict,
+    "failure": (str, type(None)),
     "held_out_log_loss": (float, type(None)),
     "held_out_accuracy": (float, type(None)),
     "epoch": int,
@@ -55,9 +57,10 @@ _TRIAL: Mapping[str, type | tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination, trained and judged; without figures where its loss stopped being a number."""
+    """One combination, trained and judged; without figures where its loss stopped being a number, or memory ran out."""
 
     values: Values
+    failure: str | None  # why it has no figures: diverged, or out of memory
     held_out_log_loss: float | None
     held_out_accuracy: float | None
     epoch: int  # whose figures these are: with `select` its best, else the last; or the one it ended in
@@ -97,6 +100,8 @@ def combine(options: FinetuneOptions, grid: Mapping[str, Sequence[object]]) -> t
 
 def _parse_values(options: FinetuneOptions, name: str, words: Sequence[object]) -> list[Any]:
     flag = name_flag(name)
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise UsageError(f"--try {flag}: {words!r} must be a list of values")
     if name not in _NAMES:
         known = [name_flag(item) for item in _NAMES]
         raise UsageError(f"--try {flag}: must be one of {', '.join(known)}{did_you_mean(flag, known)}")
@@ -170,7 +175,7 @@ def search(
         own.remove()
     if all(trial.held_out_log_loss is None for trial in trials):
         checkpoints.remove()
-        raise UsageError("--try: the loss of every combination stopped being a number; give lower rates")
+        raise UsageError("--try: every combination diverged or ran out of memory; give lower rates, or smaller batches")
     if on_line is not None:
         on_line(f"the best of {len(trials)}: {describe_values(choose_trial(trials).values)}")
     return tuple(trials)
@@ -194,10 +199,15 @@ def _judge(run: Callable[[], FinetuneResult], values: Values, *, n_held_out: int
     try:
         result = run()
     except DivergenceError as error:
-        return Trial(values, None, None, error.epoch, time.perf_counter() - start, error.passes, n_held_out)
+        seconds = time.perf_counter() - start
+        return Trial(values, "diverged", None, None, error.epoch, seconds, error.passes, n_held_out)
+    except OutOfMemoryError as error:
+        logger.warning("--try %s: %s", describe_values(values), error)
+        return Trial(values, "out of memory", None, None, 1, time.perf_counter() - start, 0, n_held_out)
     record = result.epochs[result.chosen_epoch - 1] if is_best_kept else result.epochs[-1]
     return Trial(
         values=values,
+        failure=None,
         held_out_log_loss=record.selection_loss,
         held_out_accuracy=record.selection_accuracy,
         epoch=record.epoch,
@@ -210,6 +220,7 @@ def _judge(run: Callable[[], FinetuneResult], values: Values, *, n_held_out: int
 def _write_trials(checkpoints: Checkpoints, trials: Sequence[Trial]) -> None:
     document = {
         "schema_version": _SCHEMA_VERSION,
+        "versions": installed_versions(),
         "identity": dict(checkpoints.identity),
         "trials": [asdict(trial) for trial in trials],
     }
@@ -233,8 +244,10 @@ def _read_trials(checkpoints: Checkpoints, combinations: Sequence[Values]) -> li
 
 
 def _parse_trials(path: Path) -> tuple[dict[str, Any], list[Trial]]:
-    expected = {"schema_version": int, "identity": dict, "trials": list}
+    expected = {"schema_version": int, "versions": dict, "identity": dict, "trials": list}
     document = take(parse(path.read_bytes()), "it", expected)
     if document["schema_version"] != _SCHEMA_VERSION:
         raise ValueError(f"schema {document['schema_version']}, this tlc reads {_SCHEMA_VERSION}")
+    if document["versions"] != installed_versions():
+        logger.warning("%s: made by other versions of torch or what decodes; the end may differ in bits", path)
     return document["identity"], [Trial(**take(item, "a trial", _TRIAL)) for item in document["trials"]]

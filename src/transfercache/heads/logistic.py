@@ -38,7 +38,7 @@ PATH_GAP = {np.dtype(np.float64): 1e-4, np.dtype(np.float32): 3e-3}
 START_GAP = 3e-3
 #: What still counts as converged: rounding may end a fit of classes that are separated almost without a penalty.
 CONVERGED_GAP = 1e-3
-#: Passes over the rows; a fit that takes more separates its classes almost without a penalty.
+#: Passes over the rows for one penalty; a fit that takes more separates its classes almost without one.
 MAX_PASSES = 1000
 #: A quarter of the rows, at least this many, gives a start from which all rows need a third of the passes.
 START_SHARE, MIN_START_ROWS = 4, 2000
@@ -46,9 +46,10 @@ START_SHARE, MIN_START_ROWS = 4, 2000
 #: the penalty is lowered tenfold at a time, from about 1, the variance of a column, and each optimum need only be near.
 APPROACH, APPROACH_GAP = 10, 0.5
 
-#: C is chosen on so many rows at most, and at least so many of each class: that is 45 fits, of a grid whose steps are
-#: coarse. C multiplies the sum of the losses, so that the best one hardly moves with the number of rows.
-MAX_CHOICE_ROWS, MIN_CLASS_ROWS = 100_000, 10
+#: C is chosen on about so many rows at most, and on at least so many images of each class where they fit into that: it
+#: is 45 fits, of a grid whose steps are coarse. C multiplies the sum of the losses, so that the best one hardly moves
+#: with the number of rows.
+MAX_CHOICE_ROWS, MIN_CLASS_IMAGES = 100_000, 10
 
 #: Below this a mean loss is rounding.
 _LEAST_LOSS = 1e-12
@@ -134,16 +135,20 @@ def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chose
 def _rows_to_choose_on(problem: Problem) -> Int64Array | None:
     """Return rows [M] drawn from each class alike, but for rare ones, in order; None where all of them are few enough.
 
-    The order is that of a file, and rows that no fold may separate keep their common number.
+    The order is that of a file. Components are drawn, each with all of its rows but for the last of a class: an image
+    comes with its views, whose weights are shares of its own.
     """
     n_rows = len(problem.targets)
     if n_rows <= MAX_CHOICE_ROWS:
         return None
-    order = derive_rng(problem.settings.seed, "choice").permutation(n_rows)
-    by_class = order[np.argsort(problem.targets[order], kind="stable")]
+    _, component = np.unique(problem.component, return_inverse=True)
+    place = derive_rng(problem.settings.seed, "choice").permutation(int(component.max()) + 1)[component]
+    by_class = np.lexsort((place, problem.targets))
     counts = np.bincount(problem.targets, minlength=problem.n_targets)
     rank = np.arange(n_rows) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row within its class
-    wanted = np.maximum(MIN_CLASS_ROWS, counts * MAX_CHOICE_ROWS // n_rows)
+    rows_per_image = -(-n_rows // max(1, int(problem.is_scored.sum())))
+    least = min(MIN_CLASS_IMAGES * rows_per_image, MAX_CHOICE_ROWS // problem.n_targets)
+    wanted = np.maximum(least, counts * MAX_CHOICE_ROWS // n_rows)
     return np.sort(by_class[rank < np.repeat(wanted, counts)])
 
 

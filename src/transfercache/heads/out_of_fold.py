@@ -28,8 +28,9 @@ class OutOfFold(NamedTuple):
 def out_of_fold(table: FeatureTable, fit: Fit, *, seed: int) -> OutOfFold:
     """Fit each fold's training rows, all views, and return the logits of the images held out of it.
 
-    The folds are those of the choice of C by the same seed. An image whose component holds all that there is of a class
-    is never held out, nor is one whose fold would lack a class. Raises DataError where that leaves none.
+    The folds are those of the choice of C by the same seed, where that was on all rows. An image whose component holds
+    all that there is of a class is never held out, nor is one whose fold would lack a class. Raises DataError where
+    that leaves none.
     """
     fold_of, n_folds = assign_folds(table.labels, table.group, n_folds=config.N_FOLDS, seed=seed)
     classes = np.unique(table.labels)

@@ -38,8 +38,8 @@ class Whitening:
         by_class = np.argsort(problem.targets[chosen], kind="stable")
         present, starts = np.unique(problem.targets[chosen][by_class], return_index=True)
         means = np.zeros((problem.n_targets, dim), np.float32)
-        for target, own in zip(present, np.split(x[by_class], starts[1:]), strict=True):
-            means[target] = own.mean(axis=0)
+        for target, own in zip(present, np.split(by_class, starts[1:]), strict=True):
+            means[target] = x[own].mean(axis=0)
         self._means = means @ self._vectors  # [K, D]
 
     def apply(self, gradient: Float64Array, *, curvature: Float64Array, mean_loss: float, l2: float) -> Float64Array:

@@ -173,13 +173,17 @@ def _figures(reported: Mapping[str, Any] | None, *, tta: bool) -> list[str]:
     ]
 
 
+def _spell(name: str, value: object) -> str:
+    return f"--{name.replace('_', '-')} {'none' if value is None else value}"
+
+
 def _tried(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     if not trials:
         return []
     rows = [
         (
-            ", ".join(f"{name} {'none' if value is None else value}" for name, value in trial["values"].items()),
-            "diverged" if trial["held_out_log_loss"] is None else f"{trial['held_out_log_loss']:.4f}",
+            "; ".join(f"`{_spell(name, value)}`" for name, value in trial["values"].items()),
+            trial["failure"] or f"{trial['held_out_log_loss']:.4f}",
             _share(trial["held_out_accuracy"]),
             "chosen" if trial["is_chosen"] else "",
         )
