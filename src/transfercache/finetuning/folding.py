@@ -26,7 +26,8 @@ class _FoldingConv(nn.Conv2d):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         (norm,) = self.norm
-        if not norm.is_folded:
+        norm.is_done = self.training and not norm.training
+        if not norm.is_done:
             return super().forward(input)
         assert norm.running_var is not None
         assert norm.running_mean is not None
@@ -39,16 +40,12 @@ class _FoldingConv(nn.Conv2d):
 
 
 class _FoldedNorm(nn.BatchNorm2d):
-    """A norm that lets pass what the convolution before it has done for it."""
+    """A norm that lets pass what the convolution before it, which alone feeds it, has done for it."""
 
-    conv: tuple[_FoldingConv]
-
-    @property
-    def is_folded(self) -> bool:
-        return self.conv[0].training and not self.training
+    is_done = False
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return input if self.is_folded else super().forward(input)
+        return input if self.is_done else super().forward(input)
 
 
 def fold_norms(network: nn.Module, crop: int) -> int:
@@ -62,7 +59,7 @@ def fold_norms(network: nn.Module, crop: int) -> int:
     for conv, norm in pairs:
         # Their classes are changed, and not the modules: optimiser, names and graphs cut from the network hold these.
         conv.__class__, norm.__class__ = _FoldingConv, _FoldedNorm
-        conv.norm, norm.conv = (norm,), (conv,)  # type: ignore[assignment]
+        conv.norm = (norm,)  # type: ignore[assignment]
     return len(pairs)
 
 
