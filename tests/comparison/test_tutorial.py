@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,14 @@ from transfercache.randomness import derive_seed
 CPU = torch.device("cpu")
 # The made images: 8 to train on and 6 reported.
 TRAIN, REPORTED = np.arange(8), np.arange(8, 14)
+
+
+@pytest.fixture(autouse=True)
+def no_handler_left_behind() -> Iterator[None]:
+    """torch's worker processes leave a handler of SIGCHLD, which every later subprocess of the tests would run."""
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    signal.signal(signal.SIGCHLD, before)
 
 
 def run(manifest: Manifest, backbone: Backbone, *, lr_backbone: float | None, workers: int = 0) -> Outcome:
