@@ -51,6 +51,17 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest
     monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On images this small, torch's threads spend their time waiting for each other."""
+    import torch  # here, as most tests do without it
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def real_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ants-and-bees folder with train/ and val/ (244 and 153 photographs)."""

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from transfercache.cli.output import finish
 from transfercache.commands.finetune import finetune, parse_tries
@@ -16,17 +14,10 @@ from transfercache.commands.finetune_result import FinetuneOutcome
 from transfercache.errors import UsageError
 from transfercache.finetuning.result import EpochRecord
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL: dict[str, Any] = {"backbone": "mobilenet_v3_small", "weights": "random", "epochs": 2, "batch_size": 12}
 GRID: dict[str, list[Any]] = {"lr_head": [1e-3, 3e-2], "ema": ["none", 0.5]}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On sets this small, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ from transfercache.stopwatch import Stopwatch
 
 from .conftest import MakePhotos, read, spec_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {
     "epochs": 3,
@@ -39,15 +41,6 @@ OPTIONS: dict[str, Any] = {
     "augment": "none",
     "compute": "fp32",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On images this small, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def activate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from transfercache.finetuning.trainer import Trainer
 from transfercache.images.manifest import Manifest
 
 from .conftest import MakePhotos, read, spec_of
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 #: All that has a state of its own: dropout, momentum or moments, averages, mixup, augmentation, selection.
 PLAIN = {"epochs": 3, "batch_size": 4, "lr_backbone": 0.02, "lr_head": 0.1, "compute": "fp32"}
@@ -39,15 +41,6 @@ ALL = {
 
 class Stopped(Exception):
     pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On images this small, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from transfercache.splits import Split
 
 from .conftest import MakePhotos, read, spec_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 OPTIONS = FinetuneOptions(epochs=3, batch_size=4, lr_backbone=0.02, compute="fp32")
 GRID = {"lr_head": ["0.01", "0.1"], "schedule": ["cosine", "constant"]}
@@ -34,15 +36,6 @@ GRID = {"lr_head": ["0.01", "0.1"], "schedule": ["cosine", "constant"]}
 
 class Stopped(Exception):
     pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On images this small, threads spend their time waiting for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _train(

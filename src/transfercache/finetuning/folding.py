@@ -59,22 +59,24 @@ def fold_norms(network: nn.Module, crop: int) -> int:
     for conv, norm in pairs:
         # Their classes are changed, and not the modules: optimiser, names and graphs cut from the network hold these.
         conv.__class__, norm.__class__ = _FoldingConv, _FoldedNorm
-        conv.norm = (norm,)  # type: ignore[assignment]
+        vars(conv)["norm"] = (norm,)  # as it is typed after the change of class
     return len(pairs)
 
 
 def _pairs(network: nn.Module, crop: int) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
     """Yield each convolution and the norm that alone takes its output, as one image shows them."""
-    made_by: dict[int, tuple[nn.Module, torch.Tensor]] = {}  # by id: the tensors are held, so that theirs stay apart
-    taken_by: dict[int, nn.Module] = {}
+    made_by: dict[int, tuple[nn.Conv2d, torch.Tensor]] = {}  # by id: the tensors are held, so that theirs stay apart
+    taken_by: dict[int, nn.BatchNorm2d] = {}
     runs: Counter[nn.Module] = Counter()
 
     def take_output(conv: nn.Module, _: Any, output: torch.Tensor) -> None:
+        assert isinstance(conv, nn.Conv2d)
         runs[conv] += 1
         made_by[id(output)] = conv, output
         uses.count[id(output)] = 0  # those so far were of one that is gone and had this id
 
     def take_input(norm: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(norm, nn.BatchNorm2d)
         runs[norm] += 1
         if id(inputs[0]) in made_by:
             taken_by[id(inputs[0])] = norm
@@ -90,14 +92,14 @@ def _pairs(network: nn.Module, crop: int) -> Iterator[tuple[nn.Conv2d, nn.BatchN
     for at, norm in taken_by.items():
         conv, _ = made_by[at]
         if runs[conv] == runs[norm] == uses.count[at] == 1:
-            yield conv, norm  # type: ignore[misc]
+            yield conv, norm
 
 
 class _Uses(TorchDispatchMode):
     """Counts how many operations take each tensor."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.count: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
