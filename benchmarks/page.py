@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +66,52 @@ _LEFT_OUT = ("environment", "runs")
 _SPREAD = ("median", "min", "max")
 
 
-def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the page in Markdown: targets, machines, and a section a benchmark, run or not."""
-    machines = list(dict.fromkeys(_describe(one["environment"]) for one in figures.values()))
-    letters = {machine: chr(ord("A") + number) for number, machine in enumerate(machines)}
-    introduction = _INTRODUCTION if "gpu" in figures else _INTRODUCTION + _NO_GPU
-    parts = [introduction, _targets(figures), "## Machines\n"]
-    parts += [f"- {letter}: {machine}" for machine, letter in letters.items()]
+def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Return the page in Markdown of `figures`, by machine and benchmark: targets, machines, and a section a benchmark.
+
+    A machine is a letter, and a column in each table where it has figures.
+    """
+    lettered = {chr(ord("A") + number): kept for number, kept in enumerate(figures.values())}
+    introduction = _INTRODUCTION if any("gpu" in kept for kept in lettered.values()) else _INTRODUCTION + _NO_GPU
+    parts = [introduction, _targets(lettered), "## Machines\n"]
+    for letter, kept in lettered.items():
+        parts += [
+            f"- {letter}: {machine}"
+            for machine in dict.fromkeys(_describe(one["environment"]) for one in kept.values())
+        ]
     for name in names:
-        ran = figures.get(name)
-        where = "Not run." if ran is None else f"Machine {letters[_describe(ran['environment'])]}."
+        ran = {letter: dict(_rows(kept[name], ())) for letter, kept in lettered.items() if name in kept}
+        where = f"Machine {' and '.join(ran)}." if ran else "Not run."
         parts.append(f"\n## {name}\n\n{_docstring(name, where)}")
-        if ran is not None:
-            table = [f"| {figure} | {value} |" for figure, value in _rows(ran, ())]
-            parts.append("\n".join(["", "| figure | value |", "|---|---|", *table]))
+        if ran:
+            # A figure that one machine alone has follows those before it there.
+            labels = dict.fromkeys(label for rows in ran.values() for label in rows)
+            parts.append("")
+            parts.append(
+                _table(("figure", *ran), ([label, *(rows.get(label, "") for rows in ran.values())] for label in labels))
+            )
     return "\n".join(parts) + "\n"
 
 
-def _targets(figures: Mapping[str, Mapping[str, Any]]) -> str:
-    lines = ["## Targets", "", "| what | target | measured |", "|---|---|---|"]
-    lines += [f"| {what} | {target} | {_measured(figures, keys)} |" for what, target, keys in _TARGETS]
-    return "\n".join([*lines, ""])
+def _targets(lettered: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the table of all targets, with a column for each machine that measured one of them."""
+    measured = {letter: [_measured(kept, keys) for _, _, keys in _TARGETS] for letter, kept in lettered.items()}
+    measured = {letter: column for letter, column in measured.items() if any(column)}
+    rows = (
+        [what, target, *(column[n] for column in measured.values())] for n, (what, target, _) in enumerate(_TARGETS)
+    )
+    return "\n".join(["## Targets", "", _table(("what", "target", *measured), rows), ""])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _measured(figures: Any, keys: str) -> str:
     for key in keys.split("/"):
         if isinstance(figures, Mapping) and key not in figures:
-            return "not measured"
+            return ""
         figures = figures[int(key) if isinstance(figures, list) else key]
     return _shown(figures)
 

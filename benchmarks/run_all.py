@@ -1,11 +1,11 @@
 """Run every benchmark, keep what each prints, and write the page of all figures.
 
 Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--only NAME,...] [--again]
-     [--results benchmarks/results] [--page docs/benchmarks.md]
+     [--machine NAME] [--results benchmarks/results] [--page docs/benchmarks.md]
      [--real FILE.npz] [--cache FOLDER] [--environments FOLDER]
-Each benchmark's JSON is kept as NAME.json in the folder of results, the page's source, where it may also be put by hand
-(from another machine); one that is there is not run again without --again. Without PHOTOGRAPHS those that measure
-accuracy are left out, without a GPU the one that needs it, and the page says so.
+Each benchmark's JSON is kept as MACHINE/NAME.json in the folder of results, the page's source, where MACHINE tells
+sorts of machines apart (by default by vector units and cores: "avx2-2-cores"); one that is there is not run again
+without --again. Without PHOTOGRAPHS those that measure accuracy are left out, without a GPU the one that needs it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from page import render_page
+
+from transfercache.environment import describe_environment
 
 HERE = Path(__file__).parent
 
@@ -84,7 +86,7 @@ def run(benchmark: Benchmark, given: argparse.Namespace) -> None:
     if done.returncode:
         raise SystemExit(f"{benchmark.name}: exit code {done.returncode}")
     figures = without_places(json.loads(done.stdout))
-    (given.results / f"{benchmark.name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (given.results / given.machine / f"{benchmark.name}.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def without_places(figures: Any) -> Any:
@@ -101,19 +103,26 @@ def main(given: argparse.Namespace) -> None:
     kept = HERE if not given.quick else HERE.parent / "build" / "benchmarks"
     given.results = given.results or kept / "results"
     given.page = given.page or (kept / "page.md" if given.quick else HERE.parent / "docs" / "benchmarks.md")
-    for folder in (given.results, given.page.parent):
+    for folder in (given.results / given.machine, given.page.parent):
         folder.mkdir(parents=True, exist_ok=True)
     names = [benchmark.name for benchmark in BENCHMARKS]
     only = names if given.only is None else [name for name in given.only.split(",") if name]
     if unknown := set(only) - set(names):
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; known are {', '.join(names)}")
     for benchmark in BENCHMARKS:
-        is_kept = (given.results / f"{benchmark.name}.json").exists()
+        is_kept = (given.results / given.machine / f"{benchmark.name}.json").exists()
         if benchmark.name in only and can_run(benchmark, given) and (given.again or not is_kept):
             run(benchmark, given)
-    paths = {name: given.results / f"{name}.json" for name in names}
-    figures = {name: without_places(json.loads(path.read_text())) for name, path in paths.items() if path.exists()}
+    figures: dict[str, dict[str, Any]] = {}
+    for path in sorted(given.results.glob("*/*.json")):
+        figures.setdefault(path.parent.name, {})[path.stem] = without_places(json.loads(path.read_text()))
     given.page.write_text(render_page(names, figures), encoding="utf-8")
+
+
+def this_machine() -> str:
+    """Return what tells its sort from others, as the name of a folder."""
+    machine = describe_environment()["machine"]
+    return f"{machine['vector_units']} {machine['cores']} cores".lower().replace(" ", "-")
 
 
 if __name__ == "__main__":
@@ -124,6 +133,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--results", type=Path, help="by default benchmarks/results, with --quick build/benchmarks/results"
     )
+    parser.add_argument("--machine", default=this_machine(), help="the folder of its results")
     parser.add_argument("--only", help="names, or nothing to write the page alone")
     parser.add_argument("--again", action="store_true", help="also what is in the folder of results")
     parser.add_argument("--real", type=Path, help="arrays X and y for bench_heads.py")
