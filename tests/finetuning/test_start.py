@@ -14,8 +14,7 @@ from transfercache.errors import UsageError
 from transfercache.finetuning.loop import finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.start import match_head, put_head
-from transfercache.heads.fit import UNTRAINED_BIAS
-from transfercache.heads.linear_head import LinearHead
+from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
 from transfercache.images.transforms import eval_pixels
 from transfercache.metrics import softmax
 from transfercache.spec import ExtractSpec
