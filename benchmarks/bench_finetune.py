@@ -55,7 +55,7 @@ from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_source
 from transfercache.metrics import accuracy, predicted_classes
 from transfercache.spec import Preprocessing
-from transfercache.splits import reported_split
+from transfercache.splits import divide_roles
 from transfercache.stopwatch import Stopwatch
 
 TUTORIAL_BATCH = 4
@@ -201,7 +201,7 @@ def main(given: argparse.Namespace) -> None:
     }
     if given.photographs and given.seeds:
         photographs = hash_files(read_source(given.photographs), known={}, scanned_ns=0)
-        if reported_split(photographs.split, photographs.labels) is not None:
+        if divide_roles(photographs.split, photographs.labels).reported is not None:
             document["accuracy"] = measure_accuracy(photographs, backbone, computes, seeds=given.seeds)
     print(json.dumps({**document, "environment": describe_environment()}))
 

@@ -27,7 +27,7 @@ from transfercache.heads.suspects import find_suspects, write_suspects
 from transfercache.metrics import Report, softmax
 from transfercache.models.card import CardData, save_card
 from transfercache.models.head_file import Model, save_model
-from transfercache.splits import Split, count_straddling, reported_split
+from transfercache.splits import count_straddling, divide_roles
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -144,16 +144,16 @@ def _check_asked(solver: str, is_asked: Mapping[str, bool]) -> None:
 
 
 def _training_rows(table: FeatureTable, solver: str) -> FeatureTable:
-    is_training = (table.split == Split.TRAIN) & (table.labels >= 0)
+    is_training = divide_roles(table.split, table.labels).is_train
     # For kNN further views would be each other's neighbours.
     return table.subset(is_training & (table.view == EVAL_VIEW) if solver == KNN else is_training)
 
 
 def _reported_rows(table: FeatureTable, *, tta: bool) -> FeatureTable | None:
-    split = reported_split(table.split, table.labels)
-    if split is None:
+    roles = divide_roles(table.split, table.labels)
+    if roles.reported is None:
         return None
-    return table.subset((table.split == split) & (table.labels >= 0) & (tta | (table.view == EVAL_VIEW)))
+    return table.subset(roles.is_reported & (tta | (table.view == EVAL_VIEW)))
 
 
 def _warn_of_classes(table: FeatureTable, cache: Cache) -> None:
