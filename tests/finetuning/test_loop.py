@@ -13,7 +13,7 @@ from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.config import CROP_AREA
-from transfercache.errors import DataError, ResourceError, UsageError
+from transfercache.errors import DataError, DivergenceError, ResourceError, UsageError
 from transfercache.finetuning import loop
 from transfercache.finetuning.batches import ImageReader
 from transfercache.finetuning.loop import finetune
@@ -240,6 +240,23 @@ def test_finetune__rates_too_high(make_photos: MakePhotos, two_stages: Backbone)
     )
     with pytest.raises(UsageError, match=message):
         _run(manifest, two_stages, lr_backbone=1e30)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # One step: the loss is that of the network before it.
+        ({}, "epoch 1: the network after it gives no finite numbers; the rates are too high, give lower ones than "),
+        ({"select": 0.25}, r"epoch 1: the held-out loss is (nan|inf); the rates are too high, give lower ones than "),
+    ],
+)
+def test_finetune__rates_too_high_in_the_last_step(
+    make_photos: MakePhotos, two_stages: Backbone, options: dict[str, Any], message: str
+) -> None:
+    manifest = read(make_photos(train=8, val=2))
+    once = {"epochs": 1, "batch_size": 16, "schedule": "constant", "lr_backbone": 1e38, "lr_head": 1e38}
+    with pytest.raises(DivergenceError, match=message):
+        _run(manifest, two_stages, **once, **options)
 
 
 def test_finetune__select_keeps_the_epoch_with_the_best_held_out_loss(

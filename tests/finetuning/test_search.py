@@ -233,6 +233,27 @@ def test_search__stopped__goes_on_within_the_trial_that_was_under_way(
     assert asdict(resumed[0]) == first[0]
 
 
+def test_search__stopped__a_trial_that_diverges_then_has_the_seconds_of_all_its_processes(
+    make_photos: MakePhotos, two_stages: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read(make_photos(train=10, val=3))
+    _stop(manifest, two_stages, tmp_path / "c", monkeypatch, n_steps=IN_THE_SECOND)
+    (path,) = (tmp_path / "c").glob("try-2-*.pt")
+    state = torch.load(path, weights_only=True)
+    state["seconds"]["total"] = 1000.0
+    torch.save(state, path)
+    step, taken = Trainer.step, iter(range(4))
+
+    def no_number(self: Trainer, *args: Any, **options: Any) -> torch.Tensor:
+        found = step(self, *args, **options)
+        return found if next(taken, None) is None else found * torch.nan
+
+    monkeypatch.setattr(Trainer, "step", no_number)
+    trials = _search(manifest, two_stages, tmp_path / "c", resume=True)
+    assert [trial.failure for trial in trials] == [None, "diverged", None, None]
+    assert 1000 < trials[1].seconds < 1100
+
+
 def test_search__what_a_kill_left_of_a_finished_trial_is_removed(
     make_photos: MakePhotos, two_stages: Backbone, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
 from transfercache.finetuning.start import head_digest, match_head, put_head
 from transfercache.finetuning.trainer import Trainer, build_trainer
-from transfercache.finetuning.training import OnEpoch, OnLine, Run, evaluate, train
+from transfercache.finetuning.training import OnEpoch, OnLine, Run, diverged, evaluate, train
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
@@ -93,6 +93,9 @@ def finetune(
         reported_rows, logits = evaluate(run, rows.reported, desc="evaluate")
         canary_logits = _canary_logits(trainer, backbone)
     kept = trainer.kept.to("cpu").to(memory_format=torch.contiguous_format)
+    # The loss of a step is that before it: what the last one did has not been seen by then.
+    if not all(torch.isfinite(values).all() for values in (logits, canary_logits, *kept.parameters())):
+        raise diverged(run, chosen_epoch, "the network after it gives no finite numbers")
     return FinetuneResult(
         network=kept,
         head=_linear_head(

@@ -199,8 +199,7 @@ def _judge(run: Callable[[], FinetuneResult], values: Values, *, n_held_out: int
     try:
         result = run()
     except DivergenceError as error:
-        seconds = time.perf_counter() - start
-        return Trial(values, "diverged", None, None, error.epoch, seconds, error.passes, n_held_out)
+        return Trial(values, "diverged", None, None, error.epoch, error.seconds, error.passes, n_held_out)
     except OutOfMemoryError as error:
         logger.warning("--try %s: %s", describe_values(values), error)
         return Trial(values, "out of memory", None, None, 1, time.perf_counter() - start, 0, n_held_out)

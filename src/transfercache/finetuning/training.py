@@ -133,7 +133,9 @@ def _run_epoch(run: Run, progress: Progress, checkpoints: Checkpoints | None) ->
         selection_loss=selection_loss,
         selection_accuracy=selection_accuracy,
     )
-    _check_finite(record, run.trainer)
+    for what, value in (("loss", record.train_loss), ("held-out loss", selection_loss)):
+        if value is not None and not math.isfinite(value):
+            raise diverged(run, epoch, f"the {what} is {value}")
     return record
 
 
@@ -149,14 +151,14 @@ def _finish_epoch(run: Run, progress: Progress, record: EpochRecord) -> None:
     progress.sums, progress.seconds = [], 0.0
 
 
-def _check_finite(record: EpochRecord, trainer: Trainer) -> None:
-    if math.isfinite(record.train_loss) and math.isfinite(record.selection_loss or 0.0):
-        return
-    rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in trainer.options.learning_rates().items())
-    raise DivergenceError(
-        f"epoch {record.epoch}: the loss is {record.train_loss}; the rates are too high, give lower ones than {rates}",
-        epoch=record.epoch,
-        passes=record.passes,
+def diverged(run: Run, epoch: int, what: str) -> DivergenceError:
+    """Return the error of a run in which numbers stopped being finite: `what` says which."""
+    rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in run.trainer.options.learning_rates().items())
+    return DivergenceError(
+        f"epoch {epoch}: {what}; the rates are too high, give lower ones than {rates}",
+        epoch=epoch,
+        passes=run.trainer.passes,
+        seconds=run.seconds()["total"],
     )
 
 
