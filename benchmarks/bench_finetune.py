@@ -126,7 +126,7 @@ def training_steps(manifest: Manifest, backbone: Backbone, batches: list[Batch],
 
 def resident_sides(manifest: Manifest, backbone: Backbone, computes: list[str]) -> dict[str, Callable[[], float]]:
     """Return what steps once over the training images, on the same pixels, in seconds."""
-    reader = ImageReader(manifest, backbone.preprocessing, FinetuneOptions(), Stopwatch())
+    reader = ImageReader(FinetuneOptions(), Stopwatch(), manifest, backbone.preprocessing)
     batches = list(reader.training_batches(np.arange(manifest.n_rows), epoch=1))
     inputs = torch.cat([normalise(torch.from_numpy(batch.inputs), backbone.preprocessing) for batch in batches])
     labels = torch.cat([torch.from_numpy(manifest.labels[batch.rows]) for batch in batches])

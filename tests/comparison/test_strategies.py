@@ -241,7 +241,7 @@ def test_finetune__image_that_changed_meanwhile(make_setting: MakeSetting, tmp_p
     folder = write_photos(tmp_path / "photos", train=4, val=3)
     setting = make_setting(read(folder))
     (folder / "train" / "red" / "2.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train/red/2.png: empty file; it changed while it was being compared"):
+    with pytest.raises(DataError, match=r"train/red/2.png: it changed while it was being compared; run the same"):
         run_strategy(strategy("finetune"), setting, seed=0)
 
 

@@ -339,7 +339,7 @@ def test_finetune__one_step_is_plain_sgd(make_photos: MakePhotos, two_stages: Ba
     network = network_with_head(two_stages, 2, seed=0)
     head = network.get_submodule("fc")
     options = FinetuneOptions(batch_size=6)
-    reader = ImageReader(manifest, two_stages.preprocessing, options, Stopwatch())
+    reader = ImageReader(options, Stopwatch(), manifest, two_stages.preprocessing)
     (batch,) = reader.training_batches(np.arange(6), 1)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.25, momentum=0.9)
     logits = network(normalise(torch.from_numpy(batch.inputs), two_stages.preprocessing))

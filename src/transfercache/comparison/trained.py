@@ -177,8 +177,8 @@ def _finetune(
         on_epoch=lambda record: setting.on_epoch(record.epoch, options.epochs),
     )
     if result.bad:
-        path, reason = result.bad[0]
-        raise DataError(f"{path}: {reason}; it changed while it was being compared, run the same command again")
+        # All of them could be decoded before.
+        raise DataError(f"{result.bad[0][0]}: it changed while it was being compared; run the same command again")
     return result
 
 

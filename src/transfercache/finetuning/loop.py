@@ -82,10 +82,10 @@ def finetune(
     reader: Reader
     if activations is None:
         trainer = build(prepare=partial(normalise, preprocessing=backbone.preprocessing))
-        reader = ImageReader(manifest, backbone.preprocessing, options, stopwatch)
+        reader = ImageReader(options, stopwatch, manifest, backbone.preprocessing)
     else:
         trainer = build(prepare=activations.prepare, take_part=partial(part_behind, backbone, activations.stage))
-        reader = ActivationReader(activations, options, stopwatch)
+        reader = ActivationReader(options, stopwatch, activations)
     run = Run(manifest, rows, reader, trainer, stopwatch)
     with full_float32():
         with _seeded(device, derive_seed(options.seed, "dropout")):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from transfercache.backbones.devices import peak_memory_bytes, synchronize
 from transfercache.errors import DataError, DivergenceError
-from transfercache.finetuning.batches import Batch, Reader
+from transfercache.finetuning.batches import Batch, Reader, leave_out
 from transfercache.finetuning.checkpoints import Checkpoints, State
 from transfercache.finetuning.result import EpochRecord
 from transfercache.finetuning.rows import DividedRows
@@ -98,7 +98,7 @@ def _run_epoch(run: Run, progress: Progress, checkpoints: Checkpoints | None) ->
     if not progress.n_trained:
         progress.bad_before = dict(run.reader.bad)
     train_rows = run.rows.train
-    rows = train_rows[[row not in progress.bad_before for row in train_rows.tolist()]]
+    rows = leave_out(train_rows, progress.bad_before)
     start = time.perf_counter() - progress.seconds
     batches = run.reader.training_batches(rows, epoch, after=progress.last_row)
     trainer.set_training()
