@@ -48,7 +48,7 @@ from transfercache.commands.inputs import EmbedOptions
 from transfercache.environment import describe_environment
 from transfercache.finetuning.batches import Batch, ImageReader
 from transfercache.finetuning.groups import describe_groups
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.trainer import build_trainer
 from transfercache.images.manifest import Manifest, hash_files
@@ -167,7 +167,7 @@ def measure_accuracy(manifest: Manifest, backbone: Backbone, computes: list[str]
         by_seed = []
         for seed in range(seeds):
             options = FinetuneOptions(compute=compute, seed=seed)
-            result = finetune(manifest, backbone, options=options, spec=EmbedOptions().spec(backbone), device=CPU)
+            result = finetune(manifest, Task(backbone, EmbedOptions().spec(backbone), CPU), options=options)
             predicted = predicted_classes(result.probabilities, n_train_per_class=result.n_train_per_class)
             by_seed.append(accuracy(manifest.labels[result.reported_rows], predicted))
         figures[compute] = {"mean": statistics.mean(by_seed), "by_seed": by_seed}

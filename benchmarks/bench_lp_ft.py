@@ -28,7 +28,7 @@ from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.comparison.rows import load_pixels
 from transfercache.environment import describe_environment
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.heads.fit import fit_head
@@ -95,11 +95,8 @@ def first_epoch(manifest: Manifest, backbone: Backbone, *, seed: int, start: Lin
     """Return the losses of one epoch at the default rates."""
     result: FinetuneResult = finetune(
         manifest,
-        backbone,
+        Task(backbone, EmbedOptions().spec(backbone), torch.device("cpu"), start),
         options=FinetuneOptions(epochs=1, schedule="constant", seed=seed),
-        spec=EmbedOptions().spec(backbone),
-        device=torch.device("cpu"),
-        start=start,
     )
     labels = manifest.labels[result.reported_rows]
     return {

@@ -18,7 +18,7 @@ from transfercache.errors import UsageError
 from transfercache.finetuning.activations import ActivationReader, Activations, boundary_before
 from transfercache.finetuning.batches import ImageReader
 from transfercache.finetuning.checkpoints import Checkpoints
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.trainer import Trainer
@@ -80,11 +80,8 @@ def run(
 ) -> FinetuneResult:
     return finetune(
         manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), CPU, activations=activations),
         options=FinetuneOptions(**{**OPTIONS, **options}),
-        spec=spec_of(backbone),
-        device=CPU,
-        activations=activations,
         checkpoints=checkpoints,
     )
 

@@ -16,9 +16,10 @@ from transfercache.config import CROP_AREA
 from transfercache.errors import DataError, DivergenceError, ResourceError, UsageError
 from transfercache.finetuning import loop
 from transfercache.finetuning.batches import ImageReader
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import EpochRecord, FinetuneResult
+from transfercache.finetuning.training import ignore
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels
@@ -34,12 +35,12 @@ QUICK = {"epochs": 2, "batch_size": 4, "lr_backbone": 0.02, "lr_head": 0.1, "com
 def _run(
     manifest: Manifest,
     backbone: Backbone,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] = ignore,
     **options: Any,
 ) -> FinetuneResult:
     settings = FinetuneOptions(**{**QUICK, **options})
     cpu = torch.device("cpu")
-    return finetune(manifest, backbone, options=settings, spec=spec_of(backbone), device=cpu, on_epoch=on_epoch)
+    return finetune(manifest, Task(backbone, spec_of(backbone), cpu), options=settings, on_epoch=on_epoch)
 
 
 def _changed(backbone: Backbone, result: FinetuneResult) -> set[str]:

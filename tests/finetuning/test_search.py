@@ -16,12 +16,13 @@ import torch
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import UsageError
 from transfercache.finetuning.checkpoints import Checkpoints
-from transfercache.finetuning.loop import finetune, identify_run
+from transfercache.finetuning.loop import Task, finetune, identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
 from transfercache.finetuning.search import Trial, choose_trial, combine, search
 from transfercache.finetuning.trainer import Trainer
+from transfercache.finetuning.training import ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
 
@@ -41,7 +42,8 @@ class Stopped(Exception):
 def _train(
     backbone: Backbone, manifest: Manifest, options: FinetuneOptions, checkpoints: Checkpoints | None = None
 ) -> FinetuneResult:
-    return finetune(manifest, backbone, options=options, spec=spec_of(backbone), device=CPU, checkpoints=checkpoints)
+    task = Task(backbone, spec_of(backbone), CPU)
+    return finetune(manifest, task, options=options, checkpoints=checkpoints)
 
 
 def _search(
@@ -54,13 +56,13 @@ def _search(
     resume: bool = False,
     lines: list[str] | None = None,
 ) -> tuple[Trial, ...]:
-    identity = identify_run(manifest, backbone, options, device=CPU, start=None, activations=None)
+    identity = identify_run(manifest, Task(backbone, spec_of(backbone), CPU), options)
     checkpoints = Checkpoints(folder, resume=resume, identity=identity)
 
     def train(rows: Manifest, settings: FinetuneOptions, kept: Checkpoints) -> FinetuneResult:
         return _train(backbone, rows, settings, kept)
 
-    on_line = None if lines is None else lines.append
+    on_line = ignore if lines is None else lines.append
     with checkpoints.held():
         return search(train, manifest, options, combine(options, grid), checkpoints=checkpoints, on_line=on_line)
 

@@ -72,10 +72,19 @@ def _is_counter(name: str) -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw torch's CPU random numbers from `seed` inside the block; every global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw torch's random numbers, on the CPU and on `device`, from `seed` inside the block.
+
+    Every global generator is left as it was.
+    """
+    if device is None or device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+            yield
+        return
+    accelerators = list(range(torch.get_device_module(device).device_count()))
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type):
+        torch.manual_seed(seed)
         yield
 
 

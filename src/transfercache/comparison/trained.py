@@ -18,7 +18,7 @@ from transfercache.comparison.tutorial import TUTORIAL_EPOCHS, TUTORIAL_WORKERS,
 from transfercache.environment import n_cores
 from transfercache.errors import DataError
 from transfercache.finetuning.activations import Activations, boundary_before
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.precision import training_compute
 from transfercache.finetuning.result import FinetuneResult
@@ -168,12 +168,8 @@ def _finetune(
     rows = setting.rows
     result = finetune(
         rows.manifest,
-        backbone,
+        Task(backbone, setting.spec(backbone), setting.device, start, activations),
         options=options,
-        spec=setting.spec(backbone),
-        device=setting.device,
-        start=start,
-        activations=activations,
         on_epoch=lambda record: setting.on_epoch(record.epoch, options.epochs),
     )
     if result.bad:

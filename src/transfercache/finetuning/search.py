@@ -26,7 +26,7 @@ from transfercache.finetuning.checkpoints import Checkpoints
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
-from transfercache.finetuning.training import OnLine
+from transfercache.finetuning.training import OnLine, ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
 from transfercache.strict_json import parse, take
@@ -150,7 +150,7 @@ def search(
     combinations: Sequence[Values],
     *,
     checkpoints: Checkpoints,
-    on_line: OnLine | None = None,
+    on_line: OnLine = ignore,
 ) -> tuple[Trial, ...]:
     """Try each combination, in order; those that an interrupted search has finished are taken from its checkpoints.
 
@@ -166,8 +166,7 @@ def search(
     for number, values in enumerate(combinations, 1):
         own = checkpoints.part(f"try-{number}-", is_first=not trials)
         if number > len(trials):
-            if on_line is not None:
-                on_line(f"try {number} of {len(combinations)}: {describe_values(values)}")
+            on_line(f"try {number} of {len(combinations)}: {describe_values(values)}")
             tried = replace(options, **values, select=share)
             run = partial(train, hidden, tried, own)
             trials.append(_judge(run, values, n_held_out=n_held_out, is_best_kept=options.select is not None))
@@ -176,8 +175,7 @@ def search(
     if all(trial.held_out_log_loss is None for trial in trials):
         checkpoints.remove()
         raise UsageError("--try: every combination diverged or ran out of memory; give lower rates, or smaller batches")
-    if on_line is not None:
-        on_line(f"the best of {len(trials)}: {describe_values(choose_trial(trials).values)}")
+    on_line(f"the best of {len(trials)}: {describe_values(choose_trial(trials).values)}")
     return tuple(trials)
 
 

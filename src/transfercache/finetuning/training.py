@@ -32,6 +32,10 @@ OnEpoch = Callable[[EpochRecord], None]
 OnLine = Callable[[str], None]
 
 
+def ignore(told: object) -> None:
+    """Do nothing with what a run tells."""
+
+
 @dataclass
 class Progress:
     """How far a run has come: all of it that is not in the trainer."""
@@ -65,7 +69,7 @@ class Run:
 
 
 def train(
-    run: Run, *, checkpoints: Checkpoints | None, on_epoch: OnEpoch | None, on_line: OnLine | None
+    run: Run, *, checkpoints: Checkpoints | None, on_epoch: OnEpoch, on_line: OnLine
 ) -> tuple[tuple[EpochRecord, ...], int]:
     """Run the schedule; leave the kept network as it was after the chosen epoch, and return that epoch."""
     options = run.trainer.options
@@ -73,15 +77,13 @@ def train(
     state = None if checkpoints is None else checkpoints.newest()
     if state is not None:
         progress = _restore(run, state)
-        if on_line is not None:
-            on_line(f"going on after {progress.epoch - 1} epochs and {progress.n_trained} images of the next")
+        on_line(f"going on after {progress.epoch - 1} epochs and {progress.n_trained} images of the next")
     while progress.epoch <= options.epochs and not _is_past_best(progress, options.patience):
         record = _run_epoch(run, progress, checkpoints)
         _finish_epoch(run, progress, record)
         if checkpoints is not None:
             checkpoints.write(_capture(run, progress), epoch=progress.epoch, n_trained=0)
-        if on_epoch is not None:
-            on_epoch(record)
+        on_epoch(record)
     if progress.best_state is not None:
         run.trainer.kept.load_state_dict(progress.best_state)
     return tuple(progress.records), progress.best_epoch or len(progress.records)
