@@ -20,7 +20,7 @@ from transfercache.finetuning.loop import Task, finetune, identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
-from transfercache.finetuning.search import Trial, choose_trial, combine, search
+from transfercache.finetuning.search import Trial, check_effects, choose_trial, combine, search
 from transfercache.finetuning.trainer import Trainer
 from transfercache.finetuning.training import ignore
 from transfercache.images.manifest import Manifest
@@ -108,6 +108,42 @@ def test_combine__all_in_the_order_given_with_values_of_the_option_s_type() -> N
 def test_combine__what_is_off_is_named(grid: dict[str, list[object]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         combine(FinetuneOptions(batch_size=4, lr_backbone=0.02), grid)
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "message"),
+    [
+        ({"unfreeze": "none"}, {"lr_backbone": [1, 2]}, "--try lr-backbone: .* with --unfreeze none; leave it"),
+        ({"unfreeze": "none"}, {"lr_head": [1, 2], "batch_norm": ["frozen", "train"]}, "--try batch-norm: its values"),
+        ({"unfreeze": "stage2"}, {"lr_decay": [0.5, 1]}, "--try lr-decay: .* with --unfreeze stage2; leave it"),
+        ({}, {"unfreeze": ["none", "stage2"], "lr_decay": [0.5, 1]}, "the same with --unfreeze none or stage2; leave"),
+        ({}, {"unfreeze": ["all", "stage1+stage2"]}, "--try unfreeze: its values all train the same with "),
+        ({"augment": "none"}, {"crop_area": [0.5, 1]}, "--try crop-area: .* with --augment none; leave it"),
+        ({}, {"unfreeze": ["all", "stage9"]}, "two_stages has no stage 'stage9'"),
+    ],
+)
+def test_check_effects__an_option_that_changes_nothing(
+    two_stages: Backbone, options: dict[str, Any], grid: dict[str, list[object]], message: str
+) -> None:
+    settings = FinetuneOptions(**options)
+    with pytest.raises(UsageError, match=message):
+        check_effects(two_stages, settings, combine(settings, grid))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"unfreeze": ["none", "all"], "lr_backbone": [1, 2]},
+        {"lr_head": [1, 2], "ema": [0.5]},
+        {"lr_decay": [0.5, 1], "weight_decay": [0.1, 0]},
+        {"batch_norm": ["frozen", "train"], "optimizer": ["sgd", "adamw"], "crop_area": [0.5, 1]},
+    ],
+)
+def test_check_effects__options_that_change_something_in_some_combination(
+    two_stages: Backbone, grid: dict[str, list[object]]
+) -> None:
+    check_effects(two_stages, FinetuneOptions(), combine(FinetuneOptions(), grid))
+    check_effects(two_stages, FinetuneOptions(), ())
 
 
 def test_search__each_trial_is_the_run_of_its_flags_on_the_rows_left(

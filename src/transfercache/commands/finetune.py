@@ -29,7 +29,6 @@ from transfercache.errors import UsageError
 from transfercache.files import check_writable
 from transfercache.finetuning.activations import boundary_before
 from transfercache.finetuning.checkpoints import SUFFIX, Checkpoints
-from transfercache.finetuning.groups import unfrozen_stages
 from transfercache.finetuning.loop import Task, identify_run
 from transfercache.finetuning.loop import finetune as train
 from transfercache.finetuning.options import FinetuneOptions
@@ -37,6 +36,7 @@ from transfercache.finetuning.result import EpochRecord, FinetuneResult
 from transfercache.finetuning.search import (
     Trial,
     Values,
+    check_effects,
     check_search,
     choose_trial,
     combine,
@@ -146,8 +146,7 @@ def finetune(
         logger.warning("%s", warning)
     loaded = load_backbone(backbone, weights=weights)
     stage = boundary_before(loaded, options) if cached else None
-    for values in combinations:
-        unfrozen_stages(loaded, replace(options, **values))  # raises for a stage that is not there
+    check_effects(loaded, options, combinations)
     path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{manifest.name}-finetune.safetensors"
     check_writable(path)  # hours of training must not end in a file that cannot be written
     checkpoints = Checkpoints(path.with_name(path.name + SUFFIX), keep=keep_checkpoints, resume=resume)

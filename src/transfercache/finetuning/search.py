@@ -19,10 +19,12 @@ from typing import Any, get_type_hints
 import numpy as np
 
 from transfercache import config
+from transfercache.backbones.registry import Backbone
 from transfercache.environment import installed_versions
 from transfercache.errors import DivergenceError, OutOfMemoryError, UsageError, did_you_mean
 from transfercache.files import write_atomic
 from transfercache.finetuning.checkpoints import Checkpoints
+from transfercache.finetuning.groups import describe_effects
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
@@ -126,6 +128,23 @@ def _parse(name: str, word: str) -> Any:
     except ValueError as error:
         what = "a whole number" if kind is int else "a number"
         raise UsageError(f"--try {name_flag(name)}={word}: must be {what}") from error
+
+
+def check_effects(backbone: Backbone, options: FinetuneOptions, combinations: Sequence[Values]) -> None:
+    """Raise UsageError for an option whose values change nothing beside the others, and for an unknown stage."""
+
+    def effects(changes: Values) -> list[object]:
+        return [describe_effects(backbone, replace(options, **{**values, **changes})) for values in combinations]
+
+    as_tried = effects({})
+    for name, first in combinations[0].items() if combinations else ():
+        is_tried = any(values[name] != first for values in combinations)
+        if is_tried and as_tried == effects({name: first}):
+            cause = "augment" if name == "crop_area" else "unfreeze"
+            with_words = " or ".join(dict.fromkeys(v.get(cause, getattr(options, cause)) for v in combinations))
+            raise UsageError(
+                f"--try {name_flag(name)}: its values all train the same with --{cause} {with_words}; leave it out"
+            )
 
 
 def check_search(checkpoints: Checkpoints, combinations: Sequence[Values]) -> None:
