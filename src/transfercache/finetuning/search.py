@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
@@ -45,16 +45,6 @@ _SCHEMA_VERSION = 1
 # What says which rows judge and how, what is no setting (a seed that wins has won by luck), or changes no bit.
 _NOT_TRIED = ("compute", "has_head", "patience", "seed", "select", "workers")
 _NAMES = tuple(field.name for field in fields(FinetuneOptions) if field.name not in _NOT_TRIED)
-_TRIAL: Mapping[str, type | tuple[type, ...]] = {
-    "values": dict,
-    "failure": (str, type(None)),
-    "held_out_log_loss": (float, type(None)),
-    "held_out_accuracy": (float, type(None)),
-    "epoch": int,
-    "seconds": float,
-    "passes": int,
-    "n_held_out": int,
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +59,10 @@ class Trial:
     seconds: float
     passes: int  # images through the network, forward
     n_held_out: int  # training rows, the same for all
+
+
+# What JSON makes of its fields: a type, or one of two.
+_TRIAL = {**{name: get_args(kind) or kind for name, kind in get_type_hints(Trial).items()}, "values": dict}
 
 
 def name_flag(name: str) -> str:
