@@ -29,8 +29,8 @@ _COUNTER = "num_batches_tracked"
 
 _N_NAMED = 3
 
-# What torch.load raises for bytes that are no checkpoint, depending on where they stop making sense.
-_REFUSALS = (
+#: What torch.load raises for bytes that are no checkpoint, depending on where they stop making sense.
+REFUSALS = (
     pickle.UnpicklingError,
     RuntimeError,
     OSError,
@@ -129,7 +129,7 @@ def _read_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what loads is fine, the rest is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise WeightsError(
             f"{path}: not a file of weights alone, or torn (torch.load with weights_only=True refuses it); "
             "save model.state_dict() and pass that file"
