@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from made_photos import make_photos
 from PIL import Image
+from sklearn.metrics import log_loss
 
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
@@ -36,7 +37,6 @@ from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest, hash_files, split_rows
 from transfercache.images.sources import read_source
 from transfercache.images.transforms import eval_pixels
-from transfercache.metrics import log_loss
 from transfercache.randomness import derive_rng
 from transfercache.splits import Split
 
@@ -101,7 +101,9 @@ def first_epoch(manifest: Manifest, backbone: Backbone, *, seed: int, start: Lin
     labels = manifest.labels[result.reported_rows]
     return {
         "training_loss": round(result.epochs[0].train_loss, 4),
-        "held_out_loss": round(log_loss(labels, result.probabilities), 4),
+        "held_out_loss": round(
+            float(log_loss(labels, result.probabilities, labels=range(len(manifest.class_names)))), 4
+        ),
         "held_out_accuracy": round(float((result.probabilities.argmax(axis=1) == labels).mean()), 4),
     }
 

@@ -150,7 +150,7 @@ def test_batches__leave_out_the_bad_rows(make_photos: MakePhotos, resnet18: Back
         0, 1, 2, 3, 4, 6, 7,
     ]  # fmt: skip
     result = run(manifest, resnet18, kept, epochs=1)
-    assert (result.n_train, result.bad) == (7, ((manifest.paths[5], "torn"),))
+    assert (result.head.n_train, result.bad) == (7, ((manifest.paths[5], "torn"),))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_finetune__losses_are_those_on_images_with_the_same_frozen_stages(
     assert losses(found) == pytest.approx(losses(expected), rel=bound)
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=bound)
     assert found.reported_rows.tolist() == expected.reported_rows.tolist()
-    assert (found.passes, found.n_train) == (expected.passes, expected.n_train)
+    assert (found.passes, found.head.n_train) == (expected.passes, expected.head.n_train)
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9, "select": 0.25, "batch_norm": "train", "mixup": 0.2}])

@@ -74,7 +74,7 @@ def test_finetune__result_describes_the_run(make_photos: MakePhotos, two_stages:
     result = _run(manifest, two_stages, seen.append, batch_size=8)
     assert tuple(seen) == result.epochs
     assert [record.epoch for record in result.epochs] == [1, 2]
-    assert (result.chosen_epoch, result.n_train, result.bad) == (2, 10, ())
+    assert (result.chosen_epoch, result.head.n_train, result.bad) == (2, 10, ())
     assert result.passes == 2 * 10 + 6  # two epochs of training, the reported split once
     assert [record.lr for record in result.epochs] == [
         pytest.approx({"stage1": 0.02, "stage2": 0.02, "head": 0.1}),
@@ -189,7 +189,7 @@ def test_finetune__one_image_left_over_does_not_break_batch_norm(
     folder = make_photos(train=n_images, val=1)
     (folder / "train" / "red" / "1.png").write_bytes(b"")
     result = _run(read(folder), two_stages, batch_norm="train", batch_size=2 if n_images == 2 else 4)
-    assert result.n_train == 2 * n_images - 1
+    assert result.head.n_train == 2 * n_images - 1
     assert np.isfinite(result.probabilities).all()
 
 
@@ -200,7 +200,7 @@ def test_finetune__bad_images_are_listed_and_the_run_goes_on(make_photos: MakePh
     result = _run(read(folder), two_stages)
     html = "not an image (it starts like HTML)"
     assert result.bad == (("train/red/0.png", html), ("val/green/1.png", "empty file"))
-    assert (result.n_train, result.head.n_train) == (9, 9)
+    assert result.head.n_train == 9
     assert result.n_train_per_class.tolist() == [5, 4]
     assert result.reported_rows.tolist() == [10, 12, 13, 14, 15]
     assert result.probabilities.shape == (5, 2)
@@ -280,7 +280,7 @@ def test_finetune__select_keeps_the_epoch_with_the_best_held_out_loss(
     losses = [record.selection_loss for record in result.epochs]
     assert losses[result.chosen_epoch - 1] == min(losses)
     assert result.chosen_epoch < 4
-    assert (result.n_train, result.passes) == (12, 4 * (12 + 4) + 6)
+    assert (result.head.n_train, result.passes) == (12, 4 * (12 + 4) + 6)
     assert result.n_train_per_class.tolist() == [6, 6]
     assert result.head.chosen["by"] == "log loss on 0.25 of the training rows"
     # A constant rate: the same run that stops there ends in the same network.
