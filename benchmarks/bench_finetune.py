@@ -48,14 +48,14 @@ from transfercache.commands.inputs import EmbedOptions
 from transfercache.environment import describe_environment
 from transfercache.finetuning.batches import Batch, ImageReader
 from transfercache.finetuning.groups import describe_groups
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.trainer import build_trainer
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_source
 from transfercache.metrics import accuracy, predicted_classes
 from transfercache.spec import Preprocessing
-from transfercache.splits import reported_split
+from transfercache.splits import divide_roles
 from transfercache.stopwatch import Stopwatch
 
 TUTORIAL_BATCH = 4
@@ -126,7 +126,7 @@ def training_steps(manifest: Manifest, backbone: Backbone, batches: list[Batch],
 
 def resident_sides(manifest: Manifest, backbone: Backbone, computes: list[str]) -> dict[str, Callable[[], float]]:
     """Return what steps once over the training images, on the same pixels, in seconds."""
-    reader = ImageReader(manifest, backbone.preprocessing, FinetuneOptions(), Stopwatch())
+    reader = ImageReader(FinetuneOptions(), Stopwatch(), manifest, backbone.preprocessing)
     batches = list(reader.training_batches(np.arange(manifest.n_rows), epoch=1))
     inputs = torch.cat([normalise(torch.from_numpy(batch.inputs), backbone.preprocessing) for batch in batches])
     labels = torch.cat([torch.from_numpy(manifest.labels[batch.rows]) for batch in batches])
@@ -167,7 +167,7 @@ def measure_accuracy(manifest: Manifest, backbone: Backbone, computes: list[str]
         by_seed = []
         for seed in range(seeds):
             options = FinetuneOptions(compute=compute, seed=seed)
-            result = finetune(manifest, backbone, options=options, spec=EmbedOptions().spec(backbone), device=CPU)
+            result = finetune(manifest, Task(backbone, EmbedOptions().spec(backbone), CPU), options=options)
             predicted = predicted_classes(result.probabilities, n_train_per_class=result.n_train_per_class)
             by_seed.append(accuracy(manifest.labels[result.reported_rows], predicted))
         figures[compute] = {"mean": statistics.mean(by_seed), "by_seed": by_seed}
@@ -201,7 +201,7 @@ def main(given: argparse.Namespace) -> None:
     }
     if given.photographs and given.seeds:
         photographs = hash_files(read_source(given.photographs), known={}, scanned_ns=0)
-        if reported_split(photographs.split, photographs.labels) is not None:
+        if divide_roles(photographs.split, photographs.labels).reported is not None:
             document["accuracy"] = measure_accuracy(photographs, backbone, computes, seeds=given.seeds)
     print(json.dumps({**document, "environment": describe_environment()}))
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from made_photos import make_photos
 from PIL import Image
+from sklearn.metrics import log_loss
 
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
@@ -28,7 +29,7 @@ from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.comparison.rows import load_pixels
 from transfercache.environment import describe_environment
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.heads.fit import fit_head
@@ -36,7 +37,6 @@ from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest, hash_files, split_rows
 from transfercache.images.sources import read_source
 from transfercache.images.transforms import eval_pixels
-from transfercache.metrics import log_loss
 from transfercache.randomness import derive_rng
 from transfercache.splits import Split
 
@@ -95,16 +95,15 @@ def first_epoch(manifest: Manifest, backbone: Backbone, *, seed: int, start: Lin
     """Return the losses of one epoch at the default rates."""
     result: FinetuneResult = finetune(
         manifest,
-        backbone,
+        Task(backbone, EmbedOptions().spec(backbone), torch.device("cpu"), start),
         options=FinetuneOptions(epochs=1, schedule="constant", seed=seed),
-        spec=EmbedOptions().spec(backbone),
-        device=torch.device("cpu"),
-        start=start,
     )
     labels = manifest.labels[result.reported_rows]
     return {
         "training_loss": round(result.epochs[0].train_loss, 4),
-        "held_out_loss": round(log_loss(labels, result.probabilities), 4),
+        "held_out_loss": round(
+            float(log_loss(labels, result.probabilities, labels=range(len(manifest.class_names)))), 4
+        ),
         "held_out_accuracy": round(float((result.probabilities.argmax(axis=1) == labels).mean()), 4),
     }
 

@@ -16,7 +16,7 @@ from turns import spread
 from transfercache.backbones.registry import Backbone
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.finetuning.activations import Activations
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_source
@@ -35,9 +35,8 @@ def second_epoch(
     manifest: Manifest, backbone: Backbone, options: FinetuneOptions, activations: Activations | None = None
 ) -> float:
     """Return its seconds."""
-    spec = EmbedOptions().spec(backbone)
-    result = finetune(manifest, backbone, options=options, spec=spec, device=CPU, activations=activations)
-    return result.epochs[1].seconds
+    task = Task(backbone, EmbedOptions().spec(backbone), CPU, activations=activations)
+    return finetune(manifest, task, options=options).epochs[1].seconds
 
 
 def forward_and_back(network: nn.Module, inputs: torch.Tensor) -> float:

@@ -64,7 +64,7 @@ def test_figures__equal_scikit_learns(drawn):
     np.testing.assert_allclose(metrics.precisions(matrix)[present], precisions)
     assert np.isnan(metrics.recalls(matrix)[2])
     loss = sklearn.metrics.log_loss(target, probabilities, labels=range(4))
-    assert metrics.log_loss(target, probabilities) == pytest.approx(loss, rel=1e-12)
+    assert metrics.log_loss(probabilities[np.arange(200), target]) == pytest.approx(loss, rel=1e-12)
 
 
 def test_macro_f1__class_never_predicted_counts_as_zero():
@@ -77,7 +77,7 @@ def test_macro_f1__class_never_predicted_counts_as_zero():
 def test_log_loss__probability_zero_is_clipped_as_scikit_learn_does():
     target, probabilities = np.array([0, 1]), np.array([[0.0, 1.0], [0.0, 1.0]])
     expected = sklearn.metrics.log_loss(target, probabilities)
-    assert metrics.log_loss(target, probabilities) == pytest.approx(expected, rel=1e-12)
+    assert metrics.log_loss(probabilities[[0, 1], target]) == pytest.approx(expected, rel=1e-12)
     assert expected == pytest.approx(36.0437 / 2, rel=1e-4)
 
 
@@ -152,19 +152,4 @@ def test_evaluate__no_row_is_an_error_that_names_the_split():
     with pytest.raises(DataError, match="the val split has no labelled row"):
         evaluate(
             np.empty(0, np.int64), np.empty((0, 2)), class_names=NAMES[:2], n_train_per_class=np.ones(2), split="val"
-        )
-
-
-@pytest.mark.parametrize(
-    ("target", "n_columns", "message"),
-    [([0, 2], 2, "labels must lie between 0 and 1"), ([-1, 0], 2, "labels must lie"), ([0, 1], 3, "do not fit 2 rows")],
-)
-def test_evaluate__arrays_that_do_not_fit_are_refused(target, n_columns, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(
-            np.array(target),
-            np.full((2, n_columns), 0.5),
-            class_names=NAMES[:2],
-            n_train_per_class=np.ones(2),
-            split="val",
         )

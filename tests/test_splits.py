@@ -10,10 +10,10 @@ from transfercache.splits import (
     Split,
     assign_folds,
     count_straddling,
+    divide_roles,
     hash_split,
     join_groups,
     majority_labels,
-    reported_split,
 )
 
 
@@ -199,8 +199,18 @@ def test_assign_folds__a_class_within_one_mixed_component_is_always_trained_on()
         assert ALWAYS_TRAIN not in folds[5:]
 
 
-def test_reported_split__test_before_val_where_it_has_labels() -> None:
-    split = np.array([1, 2, 3], dtype=np.uint8)
-    assert reported_split(split, ints(0, 0, 0)) is Split.TEST
-    assert reported_split(split, ints(0, 0, -1)) is Split.VAL
-    assert reported_split(split, ints(0, -1, -1)) is None
+@pytest.mark.parametrize(
+    ("labels", "train", "reported", "split"),
+    [
+        ((0, 0, 0, 1, 1), [0, 3], [2], Split.TEST),
+        ((0, 0, -1, 1, 1), [0, 3], [1], Split.VAL),
+        ((0, -1, -1, -1, 1), [0], [], None),
+    ],
+)
+def test_divide_roles__test_is_reported_before_val_where_it_has_labels(
+    labels: tuple[int, ...], train: list[int], reported: list[int], split: Split | None
+) -> None:
+    roles = divide_roles(np.array([1, 2, 3, 1, 0], dtype=np.uint8), ints(*labels))
+    assert np.flatnonzero(roles.is_train).tolist() == train
+    assert np.flatnonzero(roles.is_reported).tolist() == reported
+    assert roles.reported is split

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from transfercache import config
 from transfercache.errors import DataError
-from transfercache.splits import Split, count_straddling, reported_split
+from transfercache.splits import Split, count_straddling, divide_roles
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
@@ -60,7 +60,7 @@ def _count_per_class(labels: Int64Array, class_names: Sequence[str]) -> list[int
 def _one_sided_classes(
     labels: Int64Array, split: UInt8Array, class_names: Sequence[str], n_train: list[int]
 ) -> list[str]:
-    reported = reported_split(split, labels)
+    reported = divide_roles(split, labels).reported
     split_name = "" if reported is None else reported.name.lower()
     n_all = _count_per_class(labels, class_names)
     n_reported = n_all if reported is None else _count_per_class(labels[split == reported], class_names)

@@ -34,12 +34,13 @@ class UsageError(TlcError):
 
 
 class DivergenceError(UsageError):
-    """The loss stopped being a number in `epoch`, after `passes` images through the network."""
+    """The loss stopped being a number in `epoch`, after `passes` images through the network and `seconds` in all."""
 
-    def __init__(self, message: str, *, epoch: int, passes: int) -> None:
+    def __init__(self, message: str, *, epoch: int, passes: int, seconds: float) -> None:
         super().__init__(message)
         self.epoch = epoch
         self.passes = passes
+        self.seconds = seconds
 
 
 class DataError(TlcError):

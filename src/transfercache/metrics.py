@@ -87,16 +87,12 @@ def macro_f1(matrix: Int64Array) -> float:
     return float(np.mean(f1[occurring]))
 
 
-def log_loss(target: Int64Array, probabilities: Float64Array) -> float:
-    """Return the mean of -ln p(target) over the rows; p is clipped to float64's epsilon from 0 and 1.
+def log_loss(given: Float64Array) -> float:
+    """Return the mean of -ln p over the rows, p [M] being given to a row's own class and clipped from 0 and 1.
 
-    Equal to scikit-learn's `log_loss`. A row to whose class the probability 0 was given (a kNN without a vote for it,
-    a class without training rows) so costs 36.04.
+    By float64's epsilon, as in scikit-learn's `log_loss`, so that a row to whose class the probability 0 was given (a
+    kNN without a vote for it, a class without training rows) costs 36.04.
     """
-    return _mean_log_loss(probabilities[np.arange(len(target)), target])
-
-
-def _mean_log_loss(given: Float64Array) -> float:
     epsilon = np.finfo(np.float64).eps
     return float(-np.mean(np.log(np.clip(given, epsilon, 1 - epsilon))))
 
@@ -196,11 +192,6 @@ def evaluate(
     The predicted class is the most probable one that has training rows (ties: the first), so that a row of a class
     that was never trained on always counts as wrong. Raises DataError where there is no row.
     """
-    n_classes = len(class_names)
-    if probabilities.shape != (len(target), n_classes) or len(n_train_per_class) != n_classes:
-        raise ValueError(f"probabilities {probabilities.shape} do not fit {len(target)} rows of {n_classes} classes")
-    if len(target) and (target.min() < 0 or target.max() >= n_classes):
-        raise ValueError(f"labels must lie between 0 and {n_classes - 1}")
     answers = Answers.of(target, probabilities, n_train_per_class=n_train_per_class)
     return report_on(target, answers, class_names=class_names, n_train_per_class=n_train_per_class, split=split)
 
@@ -219,7 +210,7 @@ def report_on(
         n=len(target),
         balanced_accuracy=balanced_accuracy(matrix),
         macro_f1=macro_f1(matrix),
-        log_loss=_mean_log_loss(answers.given),
+        log_loss=log_loss(answers.given),
         ece=calibration_error(target == answers.predicted, answers.confidence),
         per_class=_per_class(matrix, class_names, n_train_per_class),
         confusion=matrix,

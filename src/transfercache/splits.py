@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from transfercache.randomness import derive_rng
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
 
 #: In the result of `assign_folds`: a row that is in the training part of every fold.
 ALWAYS_TRAIN = -1
@@ -29,12 +31,23 @@ class Split(IntEnum):
 SPLIT_NAMES = {"train": Split.TRAIN, "val": Split.VAL, "test": Split.TEST}
 
 
-def reported_split(split: UInt8Array, labels: Int64Array) -> Split | None:
-    """Return the split whose figures are reported: test where it has labelled rows, else val, else None."""
-    for candidate in (Split.TEST, Split.VAL):
-        if np.any((split == candidate) & (labels >= 0)):
-            return candidate
-    return None
+class Roles(NamedTuple):
+    """What each of N rows is for."""
+
+    is_train: BoolArray  # [N]
+    is_reported: BoolArray  # [N]
+    reported: Split | None  # the split of these
+
+
+def divide_roles(split: UInt8Array, labels: Int64Array) -> Roles:
+    """Return which rows train and which are reported, of those whose label is not -1: the ones that can be used.
+
+    Reported is test where it has such rows, else val, else nothing.
+    """
+    is_in = {code: (split == code) & (labels >= 0) for code in (Split.TRAIN, Split.VAL, Split.TEST)}
+    reported = next((code for code in (Split.TEST, Split.VAL) if is_in[code].any()), None)
+    is_reported = np.zeros(len(labels), dtype=np.bool_) if reported is None else is_in[reported]
+    return Roles(is_in[Split.TRAIN], is_reported, reported)
 
 
 def join_groups(group: Int64Array, content: UInt8Array) -> Int64Array:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from transfercache.cli.output import finish
+from transfercache.commands.extract import Extraction
 from transfercache.commands.finetune import finetune, parse_tries
 from transfercache.commands.finetune_result import FinetuneOutcome
+from transfercache.commands.train import train_head
 from transfercache.errors import UsageError
 from transfercache.finetuning.result import EpochRecord
+from transfercache.models.head_file import load_model, save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -205,6 +209,28 @@ def test_try__stopped_after_the_search__the_chosen_run_alone_goes_on(pets: Path,
     assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert resumed.backbone_passes == whole.backbone_passes == 2 * 24 + 28
     assert not (tmp_path / "m.safetensors.checkpoints").exists()
+
+
+def test_try__from_a_head_that_was_calibrated_since_is_another_run(
+    pets: Path, extraction: Extraction, tmp_path: Path
+) -> None:
+    head = tmp_path / "head.safetensors"
+    train_head(extraction, C=1.0, out=head)
+    options: dict[str, Any] = {**SMALL, "backbone": "resnet18", "unfreeze": "none", "epochs": 1, "init_head": head}
+    options |= {"grid": {"lr_head": [1e-3, 3e-2]}, "out": tmp_path / "m.safetensors"}
+    seen: list[EpochRecord] = []
+
+    def stop(record: EpochRecord) -> None:
+        seen.append(record)
+        if len(seen) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        finetune(pets, **options, on_epoch=stop)
+    model = load_model(head)
+    save_model(replace(model, head=replace(model.head, temperature=2.0)), head)
+    with pytest.raises(UsageError, match=r"trials\.json: of another run \(other --init-head\)"):
+        finetune(pets, **options, resume=True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import log_loss
 
 from transfercache.backbones.registry import load_backbone
 from transfercache.commands.extract import Extraction, extract_features
@@ -24,7 +25,7 @@ from transfercache.heads.fit import fit_head
 from transfercache.heads.knn import knn_probabilities
 from transfercache.heads.learning_curve import draw_shots
 from transfercache.heads.out_of_fold import out_of_fold
-from transfercache.metrics import calibration_error, log_loss
+from transfercache.metrics import calibration_error
 from transfercache.models.head_file import load_model
 from transfercache.randomness import derive_rng
 

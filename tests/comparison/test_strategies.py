@@ -17,7 +17,7 @@ from transfercache.comparison.strategies import STRATEGIES, load_kept, pick_stra
 from transfercache.comparison.strategy import Loop, Setting, Strategy
 from transfercache.config import KNN_NEIGHBOURS
 from transfercache.errors import DataError, UsageError
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.precision import training_compute
 from transfercache.heads.fit import fit_head
@@ -113,10 +113,8 @@ def test_pixels_knn__equals_cosine_neighbours_by_hand(setting: Setting) -> None:
 def test_finetune__equals_the_command_with_its_defaults(setting: Setting, backbone: Backbone) -> None:
     expected = finetune(
         setting.rows.manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), torch.device("cpu")),
         options=FinetuneOptions(epochs=1, seed=2),
-        spec=spec_of(backbone),
-        device=torch.device("cpu"),
     )
     result = run_strategy(strategy("finetune"), setting, seed=2)
     np.testing.assert_array_equal(result.probabilities, expected.probabilities)
@@ -130,11 +128,8 @@ def test_lp_ft__fine_tunes_from_the_logistic_head_and_pays_for_both(setting: Set
     train, _ = setting.rows.divide(setting.embeddings().table())
     expected = finetune(
         setting.rows.manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), torch.device("cpu"), fit_head(train, solver="logistic", seed=2)),
         options=FinetuneOptions(epochs=1, seed=2),
-        spec=spec_of(backbone),
-        device=torch.device("cpu"),
-        start=fit_head(train, solver="logistic", seed=2),
     )
     result = run_strategy(strategy("lp-ft"), setting, seed=2)
     np.testing.assert_array_equal(result.probabilities, expected.probabilities)
@@ -154,10 +149,8 @@ def test_partial__trains_the_last_stage_on_the_compared_rows_of_the_cache(
     setting = make_setting(manifest, rows=select_rows(manifest, is_good=good))
     expected = finetune(
         setting.rows.manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), torch.device("cpu")),
         options=FinetuneOptions(epochs=1, seed=2, unfreeze="layer4", augment="none", compute="fp32"),
-        spec=spec_of(backbone),
-        device=torch.device("cpu"),
     )
     result = run_strategy(strategy("partial"), setting, seed=2)
     # Trained in bf16 where this processor has it.
@@ -241,7 +234,7 @@ def test_finetune__image_that_changed_meanwhile(make_setting: MakeSetting, tmp_p
     folder = write_photos(tmp_path / "photos", train=4, val=3)
     setting = make_setting(read(folder))
     (folder / "train" / "red" / "2.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"train/red/2.png: empty file; it changed while it was being compared"):
+    with pytest.raises(DataError, match=r"train/red/2.png: it changed while it was being compared; run the same"):
         run_strategy(strategy("finetune"), setting, seed=0)
 
 

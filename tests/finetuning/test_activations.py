@@ -18,7 +18,7 @@ from transfercache.errors import UsageError
 from transfercache.finetuning.activations import ActivationReader, Activations, boundary_before
 from transfercache.finetuning.batches import ImageReader
 from transfercache.finetuning.checkpoints import Checkpoints
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.trainer import Trainer
@@ -80,11 +80,8 @@ def run(
 ) -> FinetuneResult:
     return finetune(
         manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), CPU, activations=activations),
         options=FinetuneOptions(**{**OPTIONS, **options}),
-        spec=spec_of(backbone),
-        device=CPU,
-        activations=activations,
         checkpoints=checkpoints,
     )
 
@@ -110,8 +107,8 @@ def test_boundary_before__is_the_stage_before_the_first_that_trains(resnet18: Ba
 def test_batches__are_those_of_images(make_photos: MakePhotos, resnet18: Backbone, n_train: int) -> None:
     manifest = read(make_photos(train=n_train, val=2))
     options = FinetuneOptions(batch_size=4 if n_train != 6 else 11, augment="none", seed=3)
-    images = ImageReader(manifest, resnet18.preprocessing, options, Stopwatch())
-    reader = ActivationReader(activate(manifest, resnet18), options, Stopwatch())
+    images = ImageReader(options, Stopwatch(), manifest, resnet18.preprocessing)
+    reader = ActivationReader(options, Stopwatch(), activate(manifest, resnet18))
     rows = np.arange(2 * n_train)
     for epoch in (1, 2):
         expected = [batch.rows.tolist() for batch in images.training_batches(rows, epoch)]
@@ -127,7 +124,7 @@ def test_batches__hold_the_drawn_view_of_each_row(make_photos: MakePhotos, resne
     manifest = read(make_photos(train=8, val=2))
     activations = activate(manifest, resnet18, n_views=3)
     table = activations.table
-    reader = ActivationReader(activations, FinetuneOptions(batch_size=4, seed=1), Stopwatch())
+    reader = ActivationReader(FinetuneOptions(batch_size=4, seed=1), Stopwatch(), activations)
     rows, seen = np.arange(16), []
     for epoch in (1, 2):
         views = {}
@@ -147,13 +144,13 @@ def test_batches__leave_out_the_bad_rows(make_photos: MakePhotos, resnet18: Back
     manifest = read(make_photos(train=4, val=2))
     activations = activate(manifest, resnet18)
     kept = Activations("layer3", activations.table.subset(activations.table.row != 5), {5: "torn"})
-    reader = ActivationReader(kept, FinetuneOptions(batch_size=4), Stopwatch())
+    reader = ActivationReader(FinetuneOptions(batch_size=4), Stopwatch(), kept)
     assert reader.readable(np.arange(8)).tolist() == [0, 1, 2, 3, 4, 6, 7]
     assert np.concatenate([batch.rows for batch in reader.eval_batches(np.arange(8))]).tolist() == [
         0, 1, 2, 3, 4, 6, 7,
     ]  # fmt: skip
     result = run(manifest, resnet18, kept, epochs=1)
-    assert (result.n_train, result.bad) == (7, ((manifest.paths[5], "torn"),))
+    assert (result.head.n_train, result.bad) == (7, ((manifest.paths[5], "torn"),))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_finetune__losses_are_those_on_images_with_the_same_frozen_stages(
     assert losses(found) == pytest.approx(losses(expected), rel=bound)
     np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=bound)
     assert found.reported_rows.tolist() == expected.reported_rows.tolist()
-    assert (found.passes, found.n_train) == (expected.passes, expected.n_train)
+    assert (found.passes, found.head.n_train) == (expected.passes, expected.head.n_train)
 
 
 @pytest.mark.parametrize("options", [{}, {"ema": 0.9, "select": 0.25, "batch_norm": "train", "mixup": 0.2}])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transfercache.finetuning.batches import Batch, ImageReader, group_images
+from transfercache.finetuning.batches import Batch, ImageReader, in_batches
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.images.decode import load_image
 from transfercache.images.transforms import eval_pixels
@@ -18,7 +18,7 @@ from .conftest import PIXELS, MakePhotos, read
 
 
 def _reader(folder: Path, **options: Any) -> ImageReader:
-    return ImageReader(read(folder), PIXELS, FinetuneOptions(**options), Stopwatch())
+    return ImageReader(FinetuneOptions(**options), Stopwatch(), read(folder), PIXELS)
 
 
 def _pixels(batches: list[Batch]) -> dict[int, bytes]:
@@ -29,13 +29,10 @@ def _pixels(batches: list[Batch]) -> dict[int, bytes]:
     ("n_images", "batch_size", "sizes"),
     [(8, 4, [4, 4]), (10, 4, [4, 4, 2]), (9, 4, [4, 5]), (5, 4, [5]), (1, 4, [1]), (0, 4, []), (3, 1, [1, 1, 1])],
 )
-def test_group_images__one_left_over_joins_the_batch_before(n_images: int, batch_size: int, sizes: list[int]) -> None:
-    images = [(row, np.full((2, 2, 3), row, dtype=np.uint8)) for row in range(n_images)]
-    batches = list(group_images(images, batch_size))
-    assert [len(batch.rows) for batch in batches] == sizes
-    rows = [row for batch in batches for row in batch.rows.tolist()]
-    assert rows == list(range(n_images))
-    assert [int(image[0, 0, 0]) for batch in batches for image in batch.inputs] == rows
+def test_in_batches__one_left_over_joins_the_batch_before(n_images: int, batch_size: int, sizes: list[int]) -> None:
+    batches = list(in_batches(iter(range(n_images)), batch_size))
+    assert [len(batch) for batch in batches] == sizes
+    assert [row for batch in batches for row in batch] == list(range(n_images))
 
 
 def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_photos: MakePhotos) -> None:
@@ -88,9 +85,22 @@ def test_training_batches__bad_images_are_noted_once_and_left_out(make_photos: M
 
 def test_readable__rows_that_the_manifest_knows_to_be_unreadable_are_never_opened(make_photos: MakePhotos) -> None:
     manifest = replace(read(make_photos(train=2)), unreadable={3: "cannot be read (Permission denied)"})
-    reader = ImageReader(manifest, PIXELS, FinetuneOptions(), Stopwatch())
+    reader = ImageReader(FinetuneOptions(), Stopwatch(), manifest, PIXELS)
     assert reader.bad == {3: "cannot be read (Permission denied)"}
     assert [batch.rows.tolist() for batch in reader.eval_batches(np.arange(4))] == [[0, 1, 2]]
+
+
+def test_batches__a_file_that_was_replaced_since_it_was_hashed_is_bad(make_photos: MakePhotos) -> None:
+    folder = make_photos(train=3)
+    reader = _reader(folder, batch_size=8)
+    other, replaced = folder / "train" / "green" / "0.png", folder / "train" / "red" / "1.png"
+    replaced.write_bytes(other.read_bytes())
+    (batch,) = reader.training_batches(np.arange(6), 1)
+    assert sorted(batch.rows.tolist()) == [0, 1, 2, 3, 5]
+    assert reader.bad == {4: "it changed while it was being read; run the same command again"}
+    # Each file is hashed once: an epoch is not to wait for more.
+    other.write_bytes(replaced.read_bytes() + b"more")
+    assert [batch.rows.tolist() for batch in reader.eval_batches(np.arange(6))] == [[0, 1, 2, 3, 5]]
 
 
 def test_training_batches__closed_early_leaves_no_thread(make_photos: MakePhotos) -> None:

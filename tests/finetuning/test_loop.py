@@ -13,12 +13,13 @@ from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.engines import normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.config import CROP_AREA
-from transfercache.errors import DataError, ResourceError, UsageError
+from transfercache.errors import DataError, DivergenceError, ResourceError, UsageError
 from transfercache.finetuning import loop
 from transfercache.finetuning.batches import ImageReader
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import EpochRecord, FinetuneResult
+from transfercache.finetuning.training import ignore
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels
@@ -34,12 +35,12 @@ QUICK = {"epochs": 2, "batch_size": 4, "lr_backbone": 0.02, "lr_head": 0.1, "com
 def _run(
     manifest: Manifest,
     backbone: Backbone,
-    on_epoch: Callable[[EpochRecord], None] | None = None,
+    on_epoch: Callable[[EpochRecord], None] = ignore,
     **options: Any,
 ) -> FinetuneResult:
     settings = FinetuneOptions(**{**QUICK, **options})
     cpu = torch.device("cpu")
-    return finetune(manifest, backbone, options=settings, spec=spec_of(backbone), device=cpu, on_epoch=on_epoch)
+    return finetune(manifest, Task(backbone, spec_of(backbone), cpu), options=settings, on_epoch=on_epoch)
 
 
 def _changed(backbone: Backbone, result: FinetuneResult) -> set[str]:
@@ -73,7 +74,7 @@ def test_finetune__result_describes_the_run(make_photos: MakePhotos, two_stages:
     result = _run(manifest, two_stages, seen.append, batch_size=8)
     assert tuple(seen) == result.epochs
     assert [record.epoch for record in result.epochs] == [1, 2]
-    assert (result.chosen_epoch, result.n_train, result.bad) == (2, 10, ())
+    assert (result.chosen_epoch, result.head.n_train, result.bad) == (2, 10, ())
     assert result.passes == 2 * 10 + 6  # two epochs of training, the reported split once
     assert [record.lr for record in result.epochs] == [
         pytest.approx({"stage1": 0.02, "stage2": 0.02, "head": 0.1}),
@@ -188,7 +189,7 @@ def test_finetune__one_image_left_over_does_not_break_batch_norm(
     folder = make_photos(train=n_images, val=1)
     (folder / "train" / "red" / "1.png").write_bytes(b"")
     result = _run(read(folder), two_stages, batch_norm="train", batch_size=2 if n_images == 2 else 4)
-    assert result.n_train == 2 * n_images - 1
+    assert result.head.n_train == 2 * n_images - 1
     assert np.isfinite(result.probabilities).all()
 
 
@@ -199,7 +200,7 @@ def test_finetune__bad_images_are_listed_and_the_run_goes_on(make_photos: MakePh
     result = _run(read(folder), two_stages)
     html = "not an image (it starts like HTML)"
     assert result.bad == (("train/red/0.png", html), ("val/green/1.png", "empty file"))
-    assert (result.n_train, result.head.n_train) == (9, 9)
+    assert result.head.n_train == 9
     assert result.n_train_per_class.tolist() == [5, 4]
     assert result.reported_rows.tolist() == [10, 12, 13, 14, 15]
     assert result.probabilities.shape == (5, 2)
@@ -242,6 +243,23 @@ def test_finetune__rates_too_high(make_photos: MakePhotos, two_stages: Backbone)
         _run(manifest, two_stages, lr_backbone=1e30)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # One step: the loss is that of the network before it.
+        ({}, "epoch 1: the network after it gives no finite numbers; the rates are too high, give lower ones than "),
+        ({"select": 0.25}, r"epoch 1: the held-out loss is (nan|inf); the rates are too high, give lower ones than "),
+    ],
+)
+def test_finetune__rates_too_high_in_the_last_step(
+    make_photos: MakePhotos, two_stages: Backbone, options: dict[str, Any], message: str
+) -> None:
+    manifest = read(make_photos(train=8, val=2))
+    once = {"epochs": 1, "batch_size": 16, "schedule": "constant", "lr_backbone": 1e38, "lr_head": 1e38}
+    with pytest.raises(DivergenceError, match=message):
+        _run(manifest, two_stages, **once, **options)
+
+
 def test_finetune__select_keeps_the_epoch_with_the_best_held_out_loss(
     make_photos: MakePhotos, two_stages: Backbone
 ) -> None:
@@ -262,7 +280,7 @@ def test_finetune__select_keeps_the_epoch_with_the_best_held_out_loss(
     losses = [record.selection_loss for record in result.epochs]
     assert losses[result.chosen_epoch - 1] == min(losses)
     assert result.chosen_epoch < 4
-    assert (result.n_train, result.passes) == (12, 4 * (12 + 4) + 6)
+    assert (result.head.n_train, result.passes) == (12, 4 * (12 + 4) + 6)
     assert result.n_train_per_class.tolist() == [6, 6]
     assert result.head.chosen["by"] == "log loss on 0.25 of the training rows"
     # A constant rate: the same run that stops there ends in the same network.
@@ -322,7 +340,7 @@ def test_finetune__one_step_is_plain_sgd(make_photos: MakePhotos, two_stages: Ba
     network = network_with_head(two_stages, 2, seed=0)
     head = network.get_submodule("fc")
     options = FinetuneOptions(batch_size=6)
-    reader = ImageReader(manifest, two_stages.preprocessing, options, Stopwatch())
+    reader = ImageReader(options, Stopwatch(), manifest, two_stages.preprocessing)
     (batch,) = reader.training_batches(np.arange(6), 1)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.25, momentum=0.9)
     logits = network(normalise(torch.from_numpy(batch.inputs), two_stages.preprocessing))

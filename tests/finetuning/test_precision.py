@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from transfercache.backbones.engines import autocast
 from transfercache.errors import ResourceError
 from transfercache.finetuning import precision
-from transfercache.finetuning.precision import autocast, describe_compute, training_compute
+from transfercache.finetuning.precision import describe_compute, training_compute
 
 CPU = torch.device("cpu")
 

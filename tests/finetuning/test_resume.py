@@ -13,7 +13,7 @@ import torch
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import UsageError
 from transfercache.finetuning.checkpoints import Checkpoints
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.trainer import Trainer
@@ -54,10 +54,8 @@ def _run(
 ) -> FinetuneResult:
     return finetune(
         manifest,
-        backbone,
+        Task(backbone, spec_of(backbone), torch.device("cpu")),
         options=FinetuneOptions(**options),
-        spec=spec_of(backbone),
-        device=torch.device("cpu"),
         checkpoints=checkpoints,
     )
 
@@ -151,10 +149,8 @@ def test_resume__from_the_end_of_an_epoch_alone(
     with resumed.held():
         result = finetune(
             manifest,
-            two_stages,
+            Task(two_stages, spec_of(two_stages), torch.device("cpu")),
             options=FinetuneOptions(**PLAIN),
-            spec=spec_of(two_stages),
-            device=torch.device("cpu"),
             checkpoints=resumed,
             on_epoch=lambda record: seen.append(record.epoch),
         )
@@ -177,10 +173,8 @@ def test_resume__tells_where_it_goes_on(
     with resumed.held():
         finetune(
             manifest,
-            two_stages,
+            Task(two_stages, spec_of(two_stages), torch.device("cpu")),
             options=FinetuneOptions(**PLAIN),
-            spec=spec_of(two_stages),
-            device=torch.device("cpu"),
             checkpoints=resumed,
             on_line=lines.append,
         )

@@ -26,6 +26,13 @@ def test_divide_rows__unlabelled_and_unreadable_rows_are_left_out(make_photos: M
     assert (rows.train.tolist(), rows.reported.tolist()) == ([2, 3, 4, 5], [7, 8, 9])
 
 
+def test_divide_rows__a_test_split_of_which_no_file_can_be_read_leaves_val_to_report(make_photos: MakePhotos) -> None:
+    manifest = read(make_photos(train=3, val=2, test=1))
+    gone = {row: "gone" for row, path in enumerate(manifest.paths) if path.startswith("test/")}
+    rows = divide_rows(replace(manifest, unreadable=gone), select=None, seed=0)
+    assert {manifest.paths[row].split("/")[0] for row in rows.reported} == {"val"}
+
+
 def test_divide_rows__select_holds_out_a_share_of_each_class_from_training_alone(make_photos: MakePhotos) -> None:
     manifest = read(make_photos(train=8, val=2))
     rows = divide_rows(manifest, select=0.25, seed=0)

@@ -16,12 +16,13 @@ import torch
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import UsageError
 from transfercache.finetuning.checkpoints import Checkpoints
-from transfercache.finetuning.loop import finetune, identify_run
+from transfercache.finetuning.loop import Task, finetune, identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
-from transfercache.finetuning.search import Trial, choose_trial, combine, search
+from transfercache.finetuning.search import Trial, check_effects, choose_trial, combine, search
 from transfercache.finetuning.trainer import Trainer
+from transfercache.finetuning.training import ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
 
@@ -41,7 +42,8 @@ class Stopped(Exception):
 def _train(
     backbone: Backbone, manifest: Manifest, options: FinetuneOptions, checkpoints: Checkpoints | None = None
 ) -> FinetuneResult:
-    return finetune(manifest, backbone, options=options, spec=spec_of(backbone), device=CPU, checkpoints=checkpoints)
+    task = Task(backbone, spec_of(backbone), CPU)
+    return finetune(manifest, task, options=options, checkpoints=checkpoints)
 
 
 def _search(
@@ -54,13 +56,13 @@ def _search(
     resume: bool = False,
     lines: list[str] | None = None,
 ) -> tuple[Trial, ...]:
-    identity = identify_run(manifest, backbone, options, device=CPU, start=None, activations=None)
+    identity = identify_run(manifest, Task(backbone, spec_of(backbone), CPU), options)
     checkpoints = Checkpoints(folder, resume=resume, identity=identity)
 
     def train(rows: Manifest, settings: FinetuneOptions, kept: Checkpoints) -> FinetuneResult:
         return _train(backbone, rows, settings, kept)
 
-    on_line = None if lines is None else lines.append
+    on_line = ignore if lines is None else lines.append
     with checkpoints.held():
         return search(train, manifest, options, combine(options, grid), checkpoints=checkpoints, on_line=on_line)
 
@@ -106,6 +108,42 @@ def test_combine__all_in_the_order_given_with_values_of_the_option_s_type() -> N
 def test_combine__what_is_off_is_named(grid: dict[str, list[object]], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         combine(FinetuneOptions(batch_size=4, lr_backbone=0.02), grid)
+
+
+@pytest.mark.parametrize(
+    ("options", "grid", "message"),
+    [
+        ({"unfreeze": "none"}, {"lr_backbone": [1, 2]}, "--try lr-backbone: .* with --unfreeze none; leave it"),
+        ({"unfreeze": "none"}, {"lr_head": [1, 2], "batch_norm": ["frozen", "train"]}, "--try batch-norm: its values"),
+        ({"unfreeze": "stage2"}, {"lr_decay": [0.5, 1]}, "--try lr-decay: .* with --unfreeze stage2; leave it"),
+        ({}, {"unfreeze": ["none", "stage2"], "lr_decay": [0.5, 1]}, "the same with --unfreeze none or stage2; leave"),
+        ({}, {"unfreeze": ["all", "stage1+stage2"]}, "--try unfreeze: its values all train the same with "),
+        ({"augment": "none"}, {"crop_area": [0.5, 1]}, "--try crop-area: .* with --augment none; leave it"),
+        ({}, {"unfreeze": ["all", "stage9"]}, "two_stages has no stage 'stage9'"),
+    ],
+)
+def test_check_effects__an_option_that_changes_nothing(
+    two_stages: Backbone, options: dict[str, Any], grid: dict[str, list[object]], message: str
+) -> None:
+    settings = FinetuneOptions(**options)
+    with pytest.raises(UsageError, match=message):
+        check_effects(two_stages, settings, combine(settings, grid))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"unfreeze": ["none", "all"], "lr_backbone": [1, 2]},
+        {"lr_head": [1, 2], "ema": [0.5]},
+        {"lr_decay": [0.5, 1], "weight_decay": [0.1, 0]},
+        {"batch_norm": ["frozen", "train"], "optimizer": ["sgd", "adamw"], "crop_area": [0.5, 1]},
+    ],
+)
+def test_check_effects__options_that_change_something_in_some_combination(
+    two_stages: Backbone, grid: dict[str, list[object]]
+) -> None:
+    check_effects(two_stages, FinetuneOptions(), combine(FinetuneOptions(), grid))
+    check_effects(two_stages, FinetuneOptions(), ())
 
 
 def test_search__each_trial_is_the_run_of_its_flags_on_the_rows_left(
@@ -231,6 +269,27 @@ def test_search__stopped__goes_on_within_the_trial_that_was_under_way(
         resumed = _search(manifest, two_stages, tmp_path / "c", resume=True)
     assert _figures(resumed) == _figures(expected)
     assert asdict(resumed[0]) == first[0]
+
+
+def test_search__stopped__a_trial_that_diverges_then_has_the_seconds_of_all_its_processes(
+    make_photos: MakePhotos, two_stages: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read(make_photos(train=10, val=3))
+    _stop(manifest, two_stages, tmp_path / "c", monkeypatch, n_steps=IN_THE_SECOND)
+    (path,) = (tmp_path / "c").glob("try-2-*.pt")
+    state = torch.load(path, weights_only=True)
+    state["seconds"]["total"] = 1000.0
+    torch.save(state, path)
+    step, taken = Trainer.step, iter(range(4))
+
+    def no_number(self: Trainer, *args: Any, **options: Any) -> torch.Tensor:
+        found = step(self, *args, **options)
+        return found if next(taken, None) is None else found * torch.nan
+
+    monkeypatch.setattr(Trainer, "step", no_number)
+    trials = _search(manifest, two_stages, tmp_path / "c", resume=True)
+    assert [trial.failure for trial in trials] == [None, "diverged", None, None]
+    assert 1000 < trials[1].seconds < 1100
 
 
 def test_search__what_a_kill_left_of_a_finished_trial_is_removed(

@@ -11,11 +11,10 @@ from transfercache.backbones.engines import EagerEngine, normalise
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.comparison.rows import load_pixels
 from transfercache.errors import UsageError
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.start import match_head, put_head
-from transfercache.heads.fit import UNTRAINED_BIAS
-from transfercache.heads.linear_head import LinearHead
+from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
 from transfercache.images.transforms import eval_pixels
 from transfercache.metrics import softmax
 from transfercache.spec import ExtractSpec
@@ -103,7 +102,7 @@ def test_finetune__starts_from_the_given_head(make_photos: MakePhotos, two_stage
     spec = spec_of(two_stages)
     head = _head(spec)
     options = FinetuneOptions(epochs=1, unfreeze="none", lr_head=1e-30, compute="fp32")
-    result = finetune(manifest, two_stages, options=options, spec=spec, device=torch.device("cpu"), start=head)
+    result = finetune(manifest, Task(two_stages, spec, torch.device("cpu"), head), options=options)
     np.testing.assert_array_equal(result.head.weight, head.weight)
     np.testing.assert_array_equal(result.head.bias, head.bias)
     assert result.head.chosen["start"] == "logistic"

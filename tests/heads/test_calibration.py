@@ -6,7 +6,7 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import log_loss
 
 from transfercache.heads.calibration import fit_temperature
-from transfercache.heads.fit import UNTRAINED_BIAS
+from transfercache.heads.linear_head import UNTRAINED_BIAS
 from transfercache.metrics import softmax
 
 
@@ -45,7 +45,10 @@ def test_temperature__of_scaled_logits__scales():
 def test_temperature__a_class_without_training_rows_changes_nothing():
     logits, targets = drawn(2.0, n_rows=300)
     untrained = np.full((300, 1), UNTRAINED_BIAS, np.float32)
-    assert fit_temperature(np.hstack([logits, untrained]), targets) == pytest.approx(fit_temperature(logits, targets))
+    # Far from 1 its logit over T would come within reach.
+    for factor in (1, 100):
+        with_it, without = np.hstack([factor * logits, untrained]), factor * logits
+        assert fit_temperature(with_it, targets) == pytest.approx(fit_temperature(without, targets), rel=1e-9)
 
 
 @pytest.mark.parametrize("is_right", [True, False])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transfercache.heads.linear_head import LinearHead
+from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
 
 
 @pytest.fixture
@@ -34,6 +34,14 @@ def test_linear_head__temperature_flattens_probabilities_alone(parts):
     head = LinearHead(**parts, temperature=2.0)
     np.testing.assert_array_equal(head.logits(x), [[3, 1]])
     np.testing.assert_allclose(head.probabilities(x)[0, 0], 1 / (1 + np.exp(-1)), rtol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0, 1000.0])
+def test_linear_head__a_class_without_training_has_exactly_no_probability(parts, temperature):
+    bias, weight = np.array([0, UNTRAINED_BIAS], np.float32), np.array([[1, 0], [0, 0]], np.float32)
+    head = LinearHead(**{**parts, "bias": bias, "weight": weight}, temperature=temperature)
+    assert head.is_trained.tolist() == [True, False]
+    np.testing.assert_array_equal(head.probabilities(np.array([[3, 1], [-5, 0]], np.float32)), [[1, 0], [1, 0]])
 
 
 def test_linear_head__no_rows_give_no_rows(parts):

@@ -187,8 +187,9 @@ def test_logistic__class_that_the_rows_of_a_start_lack_does_not_hold_it_up(make_
     solve = logistic._Descent.solve
 
     def counted(self, l2, *, gap):
-        solve(self, l2, gap=gap)
+        reached = solve(self, l2, gap=gap)
         n_passes.append(self.loss.n_passes)
+        return reached
 
     monkeypatch.setattr(logistic._Descent, "solve", counted)
     monkeypatch.setattr(logistic, "MIN_START_ROWS", 100)

@@ -56,12 +56,18 @@ def test_make_folds__fold_whose_training_rows_lack_a_class_is_left_out():
 def test_select__takes_the_lowest_weighted_mean_and_the_first_of_ties():
     problem = make_problem([0, 0, 1, 1], weights=np.array([1.0, 1.0, 3.0, 3.0]))
     biases = [np.array([0.0, 0.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0]), np.array([0.0, 9.0])]
-    selection = select(problem, lambda fold: (Affine(np.zeros((2, 2)), bias) for bias in biases), name="bias")
+    setting, chosen = select(
+        problem,
+        lambda fold: (Affine(np.zeros((2, 2)), bias) for bias in biases),
+        name="bias",
+        grid="abcd",
+        default="e",
+        noted={"grid": "a to d"},
+    )
     expected = [(2 * np.log1p(np.exp(z)) + 6 * np.log1p(np.exp(-z))) / 8 for z in (0, 1, 1, 9)]
-    assert selection is not None
-    np.testing.assert_allclose(selection.chosen["mean_log_loss"], expected, rtol=1e-12)
-    assert selection.position == 1
-    assert selection.chosen["folds"] == 2
+    assert list(chosen) == ["by", "folds", "seed", "mean_log_loss", "grid"]
+    np.testing.assert_allclose(chosen["mean_log_loss"], expected, rtol=1e-12)
+    assert (setting, chosen["folds"]) == ("b", 2)
 
 
 def test_select__shows_each_fit_only_its_training_rows():
@@ -81,8 +87,14 @@ def test_select__shows_each_fit_only_its_training_rows():
 
 def test_select__nothing_to_hold_out_is_a_named_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        assert select(make_problem([0, 1]), lambda fold: iter(()), name="C") is None
+        found = select(make_problem([0, 1]), lambda fold: iter(()), name="C", grid=(1.0, 2.0), default=3.0)
+    assert found == (3.0, {"by": "default: no class can be held out"})
     assert caplog.messages == ["C is not chosen by cross-validation: no class has two images (or groups) to hold out"]
+
+
+def test_select__what_is_given_needs_no_fold():
+    found = select(make_problem([0, 1]), lambda fold: iter(()), name="C", grid=(1.0,), default=3.0, given=7.0)
+    assert found == (7.0, {"by": "given"})
 
 
 def test_row_losses__do_not_overflow():

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 
 from transfercache.errors import ModelError, ResourceError
-from transfercache.heads.fit import UNTRAINED_BIAS
+from transfercache.heads.linear_head import UNTRAINED_BIAS
 from transfercache.models.head_file import Model, check_canaries, load_model, save_model
 
 

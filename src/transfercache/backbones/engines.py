@@ -35,7 +35,7 @@ class EagerEngine:
         self.name = name
         self._preprocessing = backbone.preprocessing
         self._device = device
-        self._half = _HALF.get(compute)
+        self._compute = compute
         self._n_pieces = _CUDA_PIECES if device.type == "cuda" else 1
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         # A copy, so that the backbone stays as it was loaded. Convolutions run faster on channels-last memory, and
@@ -65,10 +65,8 @@ class EagerEngine:
 
     def _in_pieces(self, pixels: NDArray[np.uint8], n_pieces: int) -> NDArray[np.float32] | None:
         """Return the features, or None where a piece does not fit."""
-        # Sums that autocast leaves alone, such as a norm's, stay in float32.
-        half = torch.autocast(self._device.type, dtype=self._half, enabled=self._half is not None)
         try:
-            with torch.inference_mode(), full_float32(), half:
+            with torch.inference_mode(), full_float32(), autocast(self._compute, self._device):
                 parts = [self._embed_piece(piece) for piece in np.array_split(pixels, n_pieces)]
                 features: NDArray[np.float32] = torch.cat(parts).cpu().numpy()
         except RuntimeError as error:
@@ -92,6 +90,14 @@ class EagerEngine:
         computing.wait_stream(self._copies)
         copied.record_stream(computing)  # its memory is free when that is done, not when this function is
         return copied
+
+
+def autocast(compute: str, device: torch.device) -> torch.autocast:
+    """Return torch's context in which a network runs in this precision; in fp32 it does nothing.
+
+    Sums that it leaves alone, such as a norm's, stay in float32.
+    """
+    return torch.autocast(device.type, dtype=_HALF.get(compute), enabled=compute in _HALF)
 
 
 def normalise(pixels: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:

@@ -29,8 +29,8 @@ _COUNTER = "num_batches_tracked"
 
 _N_NAMED = 3
 
-# What torch.load raises for bytes that are no checkpoint, depending on where they stop making sense.
-_REFUSALS = (
+#: What torch.load raises for bytes that are no checkpoint, depending on where they stop making sense.
+REFUSALS = (
     pickle.UnpicklingError,
     RuntimeError,
     OSError,
@@ -72,10 +72,19 @@ def _is_counter(name: str) -> bool:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw torch's CPU random numbers from `seed` inside the block; every global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw torch's random numbers, on the CPU and on `device`, from `seed` inside the block.
+
+    Every global generator is left as it was.
+    """
+    if device is None or device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
+            yield
+        return
+    accelerators = list(range(torch.get_device_module(device).device_count()))
+    with torch.random.fork_rng(devices=accelerators, device_type=device.type):
+        torch.manual_seed(seed)
         yield
 
 
@@ -120,7 +129,7 @@ def _read_pickle(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what loads is fine, the rest is refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise WeightsError(
             f"{path}: not a file of weights alone, or torn (torch.load with weights_only=True refuses it); "
             "save model.state_dict() and pass that file"

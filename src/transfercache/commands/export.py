@@ -19,7 +19,6 @@ from transfercache.commands.inputs import BadImage, log_bad, log_skipped
 from transfercache.errors import ModelError, UsageError
 from transfercache.extract.loop import Embedder, PendingView
 from transfercache.files import check_writable, replacing, sha256_file, write_atomic
-from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.images.manifest import hash_files
 from transfercache.images.sources import read_images
 from transfercache.models.exported import FloatArray, classifier_of, pick_format, side_by_side
@@ -187,7 +186,7 @@ def _compare(images: Iterator[tuple[str, FloatArray]], model: Model, *, what: st
     n_images = n_other_labels = 0
     largest = 0.0
     # The logit of a class without training rows is its bias, and the largest of all by far.
-    is_trained = model.head.bias != UNTRAINED_BIAS
+    is_trained = model.head.is_trained
     for name, row in images:
         own, exported = np.split(row, 2)
         difference = float(np.abs(exported - own).max())

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from transfercache import config
 from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
-from transfercache.backbones.registry import load_backbone
+from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.commands.boundary import cache_activations
 from transfercache.commands.finetune_result import FinetuneOutcome, add_search, trials_to_json
 from transfercache.commands.inputs import (
@@ -28,20 +29,21 @@ from transfercache.errors import UsageError
 from transfercache.files import check_writable
 from transfercache.finetuning.activations import boundary_before
 from transfercache.finetuning.checkpoints import SUFFIX, Checkpoints
-from transfercache.finetuning.groups import unfrozen_stages
+from transfercache.finetuning.loop import Task, identify_run
 from transfercache.finetuning.loop import finetune as train
-from transfercache.finetuning.loop import identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import EpochRecord, FinetuneResult
 from transfercache.finetuning.search import (
     Trial,
     Values,
+    check_effects,
     check_search,
     choose_trial,
     combine,
     name_flag,
     search,
 )
+from transfercache.finetuning.training import OnEpoch, OnLine, ignore
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
@@ -125,33 +127,7 @@ def finetune(
 
     Raises DataError, UsageError, WeightsError, ResourceError.
     """
-    if cached:
-        augment = _without_images(augment, crop_area)
-    else:
-        _check_unused(views=(views, None), storage_dtype=(storage_dtype, "auto"), max_bytes=(max_bytes, None))
-    options = FinetuneOptions(
-        epochs=epochs,
-        batch_size=batch_size,
-        unfreeze=unfreeze,
-        optimizer=optimizer,
-        lr_backbone=lr_backbone,
-        lr_head=lr_head,
-        lr_decay=lr_decay,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup=warmup,
-        label_smoothing=label_smoothing,
-        mixup=mixup,
-        augment=augment,
-        crop_area=crop_area,
-        ema=parse_share("ema", ema),
-        compute=compute,
-        batch_norm=batch_norm,
-        select=parse_share("select", select),
-        patience=patience,
-        seed=seed,
-        workers=workers,
-    )
+    options = _read_options(locals())
     combinations = _combine(options, grid, cached=cached)
     if keep_checkpoints < 1:
         raise UsageError(f"--keep-checkpoints {keep_checkpoints}: must be at least 1")
@@ -170,8 +146,7 @@ def finetune(
         logger.warning("%s", warning)
     loaded = load_backbone(backbone, weights=weights)
     stage = boundary_before(loaded, options) if cached else None
-    for values in combinations:
-        unfrozen_stages(loaded, replace(options, **values))  # raises for a stage that is not there
+    check_effects(loaded, options, combinations)
     path = Path(out) if out is not None else Path(config.MODELS_DIR) / f"{manifest.name}-finetune.safetensors"
     check_writable(path)  # hours of training must not end in a file that cannot be written
     checkpoints = Checkpoints(path.with_name(path.name + SUFFIX), keep=keep_checkpoints, resume=resume)
@@ -189,61 +164,85 @@ def finetune(
                 hash_seconds=watch.seconds()["hash"],
                 on_line=on_line,
             )
-
-        def run(rows: Manifest, settings: FinetuneOptions, kept: Checkpoints) -> FinetuneResult:
-            return train(
-                rows,
-                loaded,
-                options=settings,
-                spec=EmbedOptions().spec(loaded),
-                device=pick_device(device),
-                start=start,
-                activations=activations,
-                checkpoints=kept,
-                on_epoch=on_epoch,
-                on_line=on_line,
-            )
-
-        trials: tuple[Trial, ...] = ()
-        if combinations:
-            checkpoints.identity = identify_run(
-                manifest, loaded, options, device=pick_device(device), start=start, activations=activations
-            )
-            trials = search(run, manifest, options, combinations, checkpoints=checkpoints, on_line=on_line)
-            options = replace(options, **choose_trial(trials).values)
-        # After a search there is something to go on from, if not yet of this run.
-        result = run(manifest, options, checkpoints.part("", is_first=not trials))
-        reported = report_finetuned(manifest, result)
-        model = Model(
-            head=result.head,
-            canary_logits=result.canary_logits,
-            weights_source=loaded.weights_source,
-            reported=None if reported is None else reported.to_json(),
-            backbone_tensors=result.backbone_tensors,
+        task = Task(loaded, EmbedOptions().spec(loaded), pick_device(device), start, activations)
+        trials, result = _try_and_train(
+            manifest, task, options, combinations, checkpoints, on_epoch=on_epoch or ignore, on_line=on_line or ignore
         )
-        save_model(model, path)
-        curve = [asdict(epoch) for epoch in result.epochs]
-        seconds, kept_trials = add_search(result.seconds, trials), trials_to_json(trials)
-        data_of_card = _card_data(manifest, result)
-        save_card(path, model, data_of_card, seconds=seconds["total"], epochs=curve, trials=kept_trials)
+        outcome = FinetuneOutcome(
+            model=path,
+            groups=result.groups,
+            compute=result.compute,
+            epochs=result.epochs,
+            chosen_epoch=result.chosen_epoch,
+            n_train=result.head.n_train,
+            straddling=count_straddling(manifest.split, manifest.component()),
+            reported=report_finetuned(manifest, result),
+            trials=trials,
+            seconds=add_search(result.seconds, trials),
+            backbone_passes=result.passes + sum(trial.passes for trial in trials),
+            bad=tuple(BadImage(*item) for item in result.bad),
+            data=str(data),
+            extraction=None if extraction is None else {"cache": str(extraction.cache), **extraction.record},
+        )
+        _save(manifest, loaded, result, outcome)
         checkpoints.remove()
-    bad = tuple(BadImage(path, reason) for path, reason in result.bad)
-    log_bad(bad, manifest.n_rows, on_bad=on_bad)
-    return FinetuneOutcome(
-        model=path,
-        groups=result.groups,
-        compute=result.compute,
-        epochs=result.epochs,
-        chosen_epoch=result.chosen_epoch,
-        n_train=result.n_train,
-        straddling=count_straddling(manifest.split, manifest.component()),
-        reported=reported,
-        trials=trials,
-        seconds=seconds,
-        backbone_passes=result.passes + sum(trial.passes for trial in trials),
-        bad=bad,
-        data=str(data),
-        extraction=None if extraction is None else {"cache": str(extraction.cache), **extraction.record},
+    log_bad(outcome.bad, manifest.n_rows, on_bad=on_bad)
+    return outcome
+
+
+def _read_options(given: Mapping[str, Any]) -> FinetuneOptions:
+    """Return the options of training among all that `finetune` was given, under the same names."""
+    augment = given["augment"]
+    if given["cached"]:
+        augment = _without_images(augment, given["crop_area"])
+    else:
+        _check_unused(given, views=None, storage_dtype="auto", max_bytes=None)
+    named = {field.name: given[field.name] for field in fields(FinetuneOptions) if field.name in given}
+    shares = {name: parse_share(name, given[name]) for name in ("ema", "select")}
+    return FinetuneOptions(**{**named, **shares, "augment": augment})
+
+
+def _try_and_train(
+    manifest: Manifest,
+    task: Task,
+    options: FinetuneOptions,
+    combinations: tuple[Values, ...],
+    checkpoints: Checkpoints,
+    *,
+    on_epoch: OnEpoch,
+    on_line: OnLine,
+) -> tuple[tuple[Trial, ...], FinetuneResult]:
+    """Return what was tried, if anything, and the run with the best of it, or with `options` alone."""
+
+    def run(rows: Manifest, settings: FinetuneOptions, kept: Checkpoints) -> FinetuneResult:
+        return train(rows, task, options=settings, checkpoints=kept, on_epoch=on_epoch, on_line=on_line)
+
+    trials: tuple[Trial, ...] = ()
+    if combinations:
+        checkpoints.identity = identify_run(manifest, task, options)
+        trials = search(run, manifest, options, combinations, checkpoints=checkpoints, on_line=on_line)
+        options = replace(options, **choose_trial(trials).values)
+    # After a search there is something to go on from, if not yet of this run.
+    return trials, run(manifest, options, checkpoints.part("", is_first=not trials))
+
+
+def _save(manifest: Manifest, backbone: Backbone, result: FinetuneResult, outcome: FinetuneOutcome) -> None:
+    """Write the MODEL, and its card beside it."""
+    model = Model(
+        head=result.head,
+        canary_logits=result.canary_logits,
+        weights_source=backbone.weights_source,
+        reported=None if outcome.reported is None else outcome.reported.to_json(),
+        backbone_tensors=result.backbone_tensors,
+    )
+    save_model(model, outcome.model)
+    save_card(
+        outcome.model,
+        model,
+        _card_data(manifest, result),
+        seconds=outcome.seconds["total"],
+        epochs=[asdict(epoch) for epoch in result.epochs],
+        trials=trials_to_json(outcome.trials),
     )
 
 
@@ -277,10 +276,10 @@ def _without_images(augment: config.Augment, crop_area: float) -> config.Augment
     return "none" if augment == config.AUGMENT else augment
 
 
-def _check_unused(**options: tuple[object, object]) -> None:
-    given = changed_words(**options)
-    if given:
-        raise UsageError(f"{' '.join(given)}: is of cached activations; pass --cached as well, or leave it out")
+def _check_unused(given: Mapping[str, Any], **defaults: object) -> None:
+    words = changed_words(**{name: (given[name], default) for name, default in defaults.items()})
+    if words:
+        raise UsageError(f"{' '.join(words)}: is of cached activations; pass --cached as well, or leave it out")
 
 
 def _card_data(manifest: Manifest, result: FinetuneResult) -> CardData:

@@ -27,7 +27,7 @@ from transfercache.heads.suspects import find_suspects, write_suspects
 from transfercache.metrics import Report, softmax
 from transfercache.models.card import CardData, save_card
 from transfercache.models.head_file import Model, save_model
-from transfercache.splits import Split, count_straddling, reported_split
+from transfercache.splits import count_straddling, divide_roles
 from transfercache.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def train_head(
     if tta and n_views == 1:
         raise UsageError(f"--tta: {opened.folder} has one view an image; run its extract-features with --views first")
     fit = partial(fit_head, solver=solver, class_weight=class_weight, optimizer=optimizer)
-    trial = Trial(_training_rows(table, solver), _reported_rows(table, tta=tta), solver, fit)
+    trial = Trial(*_divide(table, tta=tta), solver, fit)
     _warn_of_classes(table, opened)
     path = None if solver == KNN else _model_path(out, opened, solver)
     if suspects is not None:
@@ -98,16 +98,17 @@ def train_head(
     trial.check_parts(parts)
     backbone_tensors = _frozen_tensors(opened, weights) if bundle else {}
     with watch.stage("fit"):
-        head = trial.fit_head(trial.train, C=C, seed=seed)
+        fitted = trial.fit_rows(trial.train, C=C, seed=seed)
     calibration = suspects_file = None
-    if head is not None and (calibrate or suspects is not None):
+    if isinstance(fitted, LinearHead) and (calibrate or suspects is not None):
         with watch.stage("held_out"):
-            held = trial.out_of_fold(head, seed=seed)
+            held = trial.out_of_fold(fitted, seed=seed)
         if suspects is not None:
             suspects_file = _write_suspects(Path(suspects), trial.train, held)
         if calibrate:
-            head, calibration = trial.calibrate(head, held)
-    reported = trial.report(head)
+            fitted, calibration = trial.calibrate(fitted, held)
+    reported = trial.report(fitted)
+    head = fitted if isinstance(fitted, LinearHead) else None
     points = {}
     if parts:
         with watch.stage("parts"):
@@ -119,7 +120,7 @@ def train_head(
     return HeadResult(
         head=path,
         solver=solver,
-        chosen={"neighbours": config.KNN_NEIGHBOURS} if head is None else head.chosen,
+        chosen=fitted.chosen,
         n_train=int(np.sum(trial.train.view == EVAL_VIEW)),
         views=1 if solver == KNN else n_views,
         tta=tta,
@@ -143,17 +144,13 @@ def _check_asked(solver: str, is_asked: Mapping[str, bool]) -> None:
             raise UsageError(f"{flag}: {KNN} fits no head; choose another --solver")
 
 
-def _training_rows(table: FeatureTable, solver: str) -> FeatureTable:
-    is_training = (table.split == Split.TRAIN) & (table.labels >= 0)
-    # For kNN further views would be each other's neighbours.
-    return table.subset(is_training & (table.view == EVAL_VIEW) if solver == KNN else is_training)
-
-
-def _reported_rows(table: FeatureTable, *, tta: bool) -> FeatureTable | None:
-    split = reported_split(table.split, table.labels)
-    if split is None:
-        return None
-    return table.subset((table.split == split) & (table.labels >= 0) & (tta | (table.view == EVAL_VIEW)))
+def _divide(table: FeatureTable, *, tta: bool) -> tuple[FeatureTable, FeatureTable | None]:
+    """Return the rows that train, in all views, and those that are reported, None where there are none."""
+    roles = divide_roles(table.split, table.labels)
+    train = table.subset(roles.is_train)
+    if roles.reported is None:
+        return train, None
+    return train, table.subset(roles.is_reported & (tta | (table.view == EVAL_VIEW)))
 
 
 def _warn_of_classes(table: FeatureTable, cache: Cache) -> None:

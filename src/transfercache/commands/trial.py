@@ -14,7 +14,7 @@ from transfercache.commands.head_result import Calibration
 from transfercache.errors import DataError, UsageError
 from transfercache.heads.calibration import fit_temperature
 from transfercache.heads.fit import KNN
-from transfercache.heads.knn import knn_probabilities
+from transfercache.heads.knn import Neighbours
 from transfercache.heads.learning_curve import FRACTIONS, Draw, Point, draw_share, draw_shots, measure
 from transfercache.heads.linear_head import Int64Array, LinearHead
 from transfercache.heads.out_of_fold import OutOfFold, out_of_fold
@@ -81,9 +81,9 @@ class Trial:
             raise DataError("no labelled image is in a test or val split, so no accuracy can be told; label some")
         return self.reported
 
-    def fit_head(self, train: FeatureTable, *, C: str | float | None, seed: int) -> LinearHead | None:
-        """Fit a head to `train`, whose own rows choose what C leaves open; None for kNN, which has none."""
-        return None if self.solver == KNN else self.fit(train, C=C, seed=seed)
+    def fit_rows(self, train: FeatureTable, *, C: str | float | None, seed: int) -> LinearHead | Neighbours:
+        """Fit a head to `train`, whose own rows choose what C leaves open; kNN keeps them."""
+        return Neighbours.of(train) if self.solver == KNN else self.fit(train, C=C, seed=seed)
 
     def out_of_fold(self, head: LinearHead, *, seed: int) -> OutOfFold:
         """Hold every training image out once, with the C of `head`; what else a solver chooses, each fold chooses."""
@@ -102,13 +102,13 @@ class Trial:
         )
         return replace(head, temperature=calibration.temperature), calibration
 
-    def report(self, head: LinearHead | None) -> Report | None:
+    def report(self, fitted: LinearHead | Neighbours) -> Report | None:
         """Return the figures of a head, or of kNN, on the reported images; None where there are none."""
         if self.reported is None:
             return None
         return report_on(
             _image_labels(self.reported),
-            _answers(head, self.train, self.reported),
+            _answers(fitted, self.train, self.reported),
             class_names=self.train.class_names,
             n_train_per_class=_images_per_class(self.train),
             split=Split(self.reported.split[0]).name.lower(),
@@ -119,26 +119,21 @@ class Trial:
         reported = self.reported_rows()
 
         def answer(train: FeatureTable, seed: int) -> BoolArray:
-            answers = _answers(self.fit_head(train, C=C, seed=seed), train, reported)
+            answers = _answers(self.fit_rows(train, C=C, seed=seed), train, reported)
             return np.asarray(answers.predicted == _image_labels(reported))
 
         return measure(self.train, parts.sizes, draw=parts.draw, repeats=parts.repeats, seed=seed, answer=answer)
 
 
-def _answers(head: LinearHead | None, train: FeatureTable, reported: FeatureTable) -> Answers:
-    """Return what a head says, in the mean over the views of each reported image; without a head, kNN of `train`."""
-    n_classes = len(train.class_names)
+def _answers(fitted: LinearHead | Neighbours, train: FeatureTable, reported: FeatureTable) -> Answers:
+    """Return what is predicted, in the mean over the views of each reported image."""
     first = np.append(np.flatnonzero(reported.view == EVAL_VIEW), len(reported))  # where each image's views begin
     labels, n_train_per_class = _image_labels(reported), _images_per_class(train)
-    n_images = max(1, _MAX_PROBABILITIES // n_classes)
+    n_images = max(1, _MAX_PROBABILITIES // len(train.class_names))
     parts = []
     for start in range(0, len(labels), n_images):
         ends = first[start : start + n_images + 1]
-        features = reported.blocks.read(int(ends[0]), int(ends[-1]))
-        if head is None:
-            by_view = knn_probabilities(train.blocks, train.labels, features, n_classes=n_classes)
-        else:
-            by_view = head.probabilities(features)
+        by_view = fitted.probabilities(reported.blocks.read(int(ends[0]), int(ends[-1])))
         probabilities = np.add.reduceat(by_view, ends[:-1] - ends[0]) / np.diff(ends)[:, None]
         target = labels[start : start + n_images]
         parts.append(Answers.of(target, probabilities, n_train_per_class=n_train_per_class))

@@ -13,11 +13,10 @@ from torch.nn import functional
 
 from transfercache import config
 from transfercache.backbones.devices import memory_errors, synchronize
-from transfercache.backbones.engines import full_float32, normalise
+from transfercache.backbones.engines import autocast, full_float32, normalise
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison.rows import load_pixels
 from transfercache.comparison.strategy import DEFAULT_LOOP, Loop, Work
-from transfercache.finetuning.precision import autocast
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels
 

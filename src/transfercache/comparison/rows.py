@@ -21,7 +21,7 @@ from transfercache.errors import CacheError, DataError, DecodeError
 from transfercache.images.ahead import run_ahead
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
-from transfercache.splits import SPLIT_NAMES, Split, count_straddling, reported_split
+from transfercache.splits import SPLIT_NAMES, Split, count_straddling, divide_roles
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
@@ -103,18 +103,17 @@ class ComparedRows:
 
 def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
     """Take the good rows (bool [N]) that train or are reported; raises DataError where none is to be reported."""
-    labelled = is_good & (manifest.labels >= 0)
-    reported = reported_split(manifest.split, np.where(labelled, manifest.labels, -1))
-    if reported is None:
+    roles = divide_roles(manifest.split, np.where(is_good, manifest.labels, -1))
+    if roles.reported is None:
         raise DataError(
             f"{manifest.root}: no labelled image is held out, so nothing can be compared; "
             "give DATA a val/ or test/ folder, or a larger --val-fraction"
         )
-    row = np.flatnonzero(labelled & ((manifest.split == Split.TRAIN) | (manifest.split == reported)))
+    row = np.flatnonzero(roles.is_train | roles.is_reported)
     # As `classes.check_classes` counts them, so that the warning and the figure agree.
     known = manifest.subset(np.flatnonzero(is_good))
     n_straddling = count_straddling(known.split[known.labels >= 0], known.component()[known.labels >= 0])
-    return ComparedRows(manifest.subset(row), row, reported, n_straddling)
+    return ComparedRows(manifest.subset(row), row, roles.reported, n_straddling)
 
 
 def find_unreadable(manifest: Manifest, *, workers: int | None) -> dict[int, str]:

@@ -116,3 +116,9 @@ def uncached(stages: Mapping[str, float]) -> Seconds:
     """Return the seconds of a run that leaves nothing to reuse, from a stopwatch's stages and its `total`."""
     total = stages["total"]
     return Seconds(total, total, {name: value for name, value in stages.items() if name != "total"})
+
+
+def extracted(record: Mapping[str, Any], stages: Mapping[str, float]) -> Seconds:
+    """Return the same of a run that came after an extraction, whose `record` says what that took."""
+    extract, own = float(record["seconds"]), uncached(stages)
+    return Seconds(extract + own.again, own.again, {"extract": extract, **own.stages})

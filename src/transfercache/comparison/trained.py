@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,12 +13,12 @@ from transfercache import config
 from transfercache.backbones.cut import share_behind
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison.results import Seconds
-from transfercache.comparison.strategy import Loop, Outcome, Setting, Source, Strategy, Work, uncached
+from transfercache.comparison.strategy import Loop, Outcome, Setting, Source, Strategy, Work, extracted, uncached
 from transfercache.comparison.tutorial import TUTORIAL_EPOCHS, TUTORIAL_WORKERS, train_tutorial
 from transfercache.environment import n_cores
 from transfercache.errors import DataError
 from transfercache.finetuning.activations import Activations, boundary_before
-from transfercache.finetuning.loop import finetune
+from transfercache.finetuning.loop import Task, finetune
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.precision import training_compute
 from transfercache.finetuning.result import FinetuneResult
@@ -32,7 +32,7 @@ _HEAD = config.SOLVER
 
 def finetuned() -> Strategy:
     """`tlc finetune` with its defaults."""
-    return _ours("finetune", Source.BACKBONE, batch_norm=config.BATCH_NORM)
+    return _strategy("finetune", Source.BACKBONE, lambda setting, options: _tune(setting, setting.backbone(), options))
 
 
 def scratch() -> Strategy:
@@ -41,7 +41,12 @@ def scratch() -> Strategy:
     The first weights are the same for every seed; head, order and augmentation follow it. Batch norm is in train mode:
     frozen, it would normalise by the statistics of a network that has seen nothing.
     """
-    return _ours("scratch", Source.ARCHITECTURE, batch_norm="train")
+    return _strategy(
+        "scratch",
+        Source.ARCHITECTURE,
+        lambda setting, options: _tune(setting, setting.random_backbone(), options),
+        batch_norm="train",
+    )
 
 
 def probed_first() -> Strategy:
@@ -49,19 +54,9 @@ def probed_first() -> Strategy:
 
     Its first run pays for the extraction as those on cached embeddings do, and further ones for both trainings.
     """
+    strategy = _strategy("lp-ft", Source.EMBEDDINGS, _tune_probed)
     head = {"head": _HEAD, "C": config.C, "class_weight": config.CLASS_WEIGHT}
-
-    def run(setting: Setting, seed: int) -> Outcome:
-        pick_solver(_HEAD)  # what it imports is no part of the time that a head takes
-        return _tune_probed(setting, seed)
-
-    return Strategy(
-        name="lp-ft",
-        source=Source.EMBEDDINGS,
-        run=run,
-        options=lambda setting: {**_named_options(setting), **head, "views": setting.n_views},
-        work=_work,
-    )
+    return replace(strategy, options=lambda setting: {**strategy.options(setting), **head, "views": setting.n_views})
 
 
 def partial() -> Strategy:
@@ -91,7 +86,7 @@ def partial() -> Strategy:
 
 def _partial_options(setting: Setting, seed: int) -> FinetuneOptions:
     last = setting.backbone().stages[-1].name
-    return replace(_options(setting, seed), unfreeze=last, augment="none")
+    return _options(setting, seed, unfreeze=last, augment="none")
 
 
 def _partial_work(setting: Setting) -> Work:
@@ -101,28 +96,32 @@ def _partial_work(setting: Setting) -> Work:
     return replace(work, trained=round(work.trained * share), forward=forward)
 
 
-def _ours(name: str, source: Source, *, batch_norm: str) -> Strategy:
-    def run(setting: Setting, seed: int) -> Outcome:
-        backbone = setting.backbone() if source is Source.BACKBONE else setting.random_backbone()
-        result = _finetune(setting, backbone, _options(setting, seed, batch_norm=batch_norm))
-        return _outcome(result, uncached(result.seconds))
-
+def _strategy(
+    name: str, source: Source, run: Callable[[Setting, FinetuneOptions], Outcome], **changes: Any
+) -> Strategy:
+    """Return what runs with our defaults but for `changes`, and is kept under all of these options."""
     return Strategy(
         name=name,
         source=source,
-        run=run,
-        options=lambda setting: _named_options(setting, batch_norm=batch_norm),
+        run=lambda setting, seed: run(setting, _options(setting, seed, **changes)),
+        options=lambda setting: _named(_options(setting, 0, **changes)),
         work=_work,
     )
 
 
-def _tune_probed(setting: Setting, seed: int) -> Outcome:
+def _tune(setting: Setting, backbone: Backbone, options: FinetuneOptions) -> Outcome:
+    result = _finetune(setting, backbone, options)
+    return _outcome(result, uncached(result.seconds))
+
+
+def _tune_probed(setting: Setting, options: FinetuneOptions) -> Outcome:
+    pick_solver(_HEAD)  # what it imports is no part of the time that a head takes
     embeddings, watch = setting.embeddings(), Stopwatch()
     with watch.stage("load"):
         train, _ = setting.rows.divide(embeddings.table())
     with watch.stage("fit"):
-        head = fit_head(train, solver=_HEAD, seed=seed)
-    result = _finetune(setting, setting.backbone(), _options(setting, seed), start=head)
+        head = fit_head(train, solver=_HEAD, seed=options.seed)
+    result = _finetune(setting, setting.backbone(), options, start=head)
     probing = watch.seconds()
     del probing["total"]
     return _extracted_first(result, embeddings.record, probing)
@@ -130,21 +129,14 @@ def _tune_probed(setting: Setting, seed: int) -> Outcome:
 
 def _extracted_first(result: FinetuneResult, record: Mapping[str, Any], between: Mapping[str, float]) -> Outcome:
     """Return the outcome of a run that came after an extraction and what is `between`, in seconds by stage."""
-    extract, again = float(record["seconds"]), sum(between.values()) + result.seconds["total"]
-    stages = {"extract": extract, **between, **uncached(result.seconds).stages}
-    outcome = _outcome(result, Seconds(extract + again, again, stages))
+    stages = {**between, **result.seconds, "total": sum(between.values()) + result.seconds["total"]}
+    outcome = _outcome(result, extracted(record, stages))
     return replace(outcome, passes=outcome.passes + int(record["images"]), extraction=record)
 
 
-def _options(setting: Setting, seed: int, *, batch_norm: str = config.BATCH_NORM) -> FinetuneOptions:
+def _options(setting: Setting, seed: int, **changes: Any) -> FinetuneOptions:
     compute = training_compute(config.COMPUTE, setting.device)
-    return FinetuneOptions(
-        epochs=setting.epochs, batch_norm=batch_norm, compute=compute, seed=seed, workers=setting.workers
-    )
-
-
-def _named_options(setting: Setting, *, batch_norm: str = config.BATCH_NORM) -> dict[str, Any]:
-    return _named(_options(setting, 0, batch_norm=batch_norm))
+    return FinetuneOptions(epochs=setting.epochs, compute=compute, seed=seed, workers=setting.workers, **changes)
 
 
 def _named(options: FinetuneOptions) -> dict[str, Any]:
@@ -168,17 +160,13 @@ def _finetune(
     rows = setting.rows
     result = finetune(
         rows.manifest,
-        backbone,
+        Task(backbone, setting.spec(backbone), setting.device, start, activations),
         options=options,
-        spec=setting.spec(backbone),
-        device=setting.device,
-        start=start,
-        activations=activations,
         on_epoch=lambda record: setting.on_epoch(record.epoch, options.epochs),
     )
     if result.bad:
-        path, reason = result.bad[0]
-        raise DataError(f"{path}: {reason}; it changed while it was being compared, run the same command again")
+        # All of them could be decoded before.
+        raise DataError(f"{result.bad[0][0]}: it changed while it was being compared; run the same command again")
     return result
 
 

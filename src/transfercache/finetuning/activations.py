@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,12 +14,11 @@ from transfercache.backbones.cut import cut_after, stage_end
 from transfercache.backbones.registry import Backbone
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import UsageError
-from transfercache.finetuning.batches import PREFETCHED_BATCHES, Batch, Int64Array
+from transfercache.finetuning.batches import PREFETCHED_BATCHES, Batch, Int64Array, Reader, in_batches
 from transfercache.finetuning.groups import unfrozen_stages
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.images.ahead import run_ahead
 from transfercache.randomness import derive_rng
-from transfercache.stopwatch import Stopwatch
 
 # They are read in order from one disk, and none of it is worth a core.
 _READING_THREADS = 1
@@ -46,8 +45,7 @@ class Activations:
     def prepare(self, rows: torch.Tensor) -> torch.Tensor:
         """Return flattened rows [B, D] in the shape that the network goes on with, channels last where it has any."""
         shape = self.table.spec.row_shape
-        if shape is None:
-            raise ValueError(f"rows of {self.table.spec.boundary} are no activations")
+        assert shape is not None  # as embeddings have none
         activations: torch.Tensor = rows.unflatten(1, shape)
         return activations.contiguous(memory_format=torch.channels_last) if activations.ndim == 4 else activations
 
@@ -84,13 +82,10 @@ def part_behind(backbone: Backbone, stage: str, network: nn.Module) -> nn.Module
 
 
 @dataclass
-class ActivationReader:
-    """Reads the rows of a manifest from a cache: `Batch.inputs` are float32 [B, D]."""
+class ActivationReader(Reader):
+    """Reads the rows of a manifest from a cache: `Batch.inputs` are float32 [B, D], of a view drawn for each epoch."""
 
     activations: Activations
-    options: FinetuneOptions
-    stopwatch: Stopwatch
-    bad: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         table = self.activations.table
@@ -99,26 +94,13 @@ class ActivationReader:
         self._place = np.zeros((int(table.row.max(initial=-1)) + 1, self.activations.n_views), dtype=np.int64)
         self._place[table.row, table.view] = np.arange(len(table))
 
-    def readable(self, rows: Int64Array) -> Int64Array:
-        """Return `rows` without the bad ones, in the same order."""
-        return rows[[row not in self.bad for row in rows.tolist()]]
-
-    def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
-        """Yield the epoch's batches in the order in which images would come, of each image one view that is drawn.
-
-        Those up to the row `after`, which ended a batch, are left out without being read.
-        """
-        order = derive_rng(self.options.seed, "order", epoch).permutation(rows)
-        start = 0 if after is None else int(np.flatnonzero(order == after)[0]) + 1
-        views = derive_rng(self.options.seed, "view", epoch).integers(self._place.shape[1], size=len(self._place))
-        return self._batches(order[start:], views)
-
-    def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
-        """Yield the rows in their order, as the eval transform shows them."""
-        return self._batches(self.readable(rows), np.full(len(self._place), EVAL_VIEW))
-
-    def _batches(self, rows: Int64Array, views: Int64Array) -> Iterator[Batch]:
-        parts = _split(rows, self.options.batch_size)
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+        n_rows, n_views = self._place.shape
+        if epoch is None:
+            views = np.full(n_rows, EVAL_VIEW)
+        else:
+            views = derive_rng(self.options.seed, "view", epoch).integers(n_views, size=n_rows)
+        parts = (np.array(part) for part in in_batches(rows.tolist(), self.options.batch_size))
         ahead = run_ahead(
             parts, lambda part: self._read(part, views[part]), workers=_READING_THREADS, window=PREFETCHED_BATCHES
         )
@@ -133,11 +115,3 @@ class ActivationReader:
             inputs = np.empty_like(read)
             inputs[in_order] = read
         return inputs
-
-
-def _split(rows: Int64Array, batch_size: int) -> list[Int64Array]:
-    """Return batches as `group_images` makes them: one row left over joins the batch before it."""
-    ends = list(range(batch_size, len(rows), batch_size))
-    if len(rows) - (ends[-1] if ends else 0) == 1 and batch_size > 1:
-        ends = ends[:-1]
-    return [part for part in np.split(rows, ends) if len(part)]

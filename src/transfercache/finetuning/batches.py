@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from transfercache.errors import DecodeError
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.trivial import trivial_augment
 from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import load_image
+from transfercache.images.decode import decode_image, read_image_bytes
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import eval_pixels, train_pixels
 from transfercache.randomness import derive_rng
@@ -23,6 +24,7 @@ from transfercache.stopwatch import Stopwatch
 
 UInt8Array = npt.NDArray[np.uint8]
 Int64Array = npt.NDArray[np.int64]
+Item = TypeVar("Item")
 
 #: Batches that may lie decoded and waiting: enough to hide an image that takes long, little memory (19 MB at 224 px).
 PREFETCHED_BATCHES = 4
@@ -36,76 +38,59 @@ class Batch:
     inputs: npt.NDArray[np.generic]  # [B, ...]: of images their pixels, uint8 [B, crop, crop, 3]
 
 
-class Reader(Protocol):
+@dataclass
+class Reader(ABC):
     """Where the batches of a run come from; what it has `bad` (row -> reason) it leaves out."""
 
-    bad: dict[int, str]
-
-    def readable(self, rows: Int64Array) -> Int64Array:
-        """Return `rows` without those known to be bad, in the same order."""
-        ...
-
-    def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
-        """Yield the epoch's batches of `rows`, those that come after the row `after` in its order."""
-        ...
-
-    def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
-        """Yield the rows in their order, as they are evaluated."""
-        ...
-
-
-@dataclass
-class ImageReader:
-    """Reads rows of a manifest as batches, and remembers in `bad` (row -> reason) those that cannot be read."""
-
-    manifest: Manifest
-    preprocessing: Preprocessing
     options: FinetuneOptions
     stopwatch: Stopwatch
-    bad: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.bad.update(self.manifest.unreadable)
+    bad: dict[int, str] = field(default_factory=dict, init=False)
 
     def readable(self, rows: Int64Array) -> Int64Array:
         """Return `rows` without those known to be bad, in the same order."""
-        return rows[[row not in self.bad for row in rows.tolist()]]
+        return leave_out(rows, self.bad)
 
     def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
-        """Yield the epoch's augmented batches: order and crops depend on seed, epoch and row, not on the threads.
+        """Yield the epoch's batches: order and augmentation depend on seed, epoch and row, not on the threads.
 
         Those up to the row `after`, which ended a batch, are left out without being read.
         """
         order = derive_rng(self.options.seed, "order", epoch).permutation(rows)
         start = 0 if after is None else int(np.flatnonzero(order == after)[0]) + 1
-
-        def load(row: int) -> UInt8Array:
-            if self.options.augment == "none":
-                return eval_pixels(self._image(row), self.preprocessing)
-            rng = derive_rng(self.options.seed, "augment", epoch, row)
-            area = self.options.crop_area
-            pixels = train_pixels(self._image(row), self.preprocessing, rng, least_area=area)
-            return pixels if self.options.augment == "crop" else np.array(trivial_augment(fromarray(pixels), rng))
-
-        return group_images(self._images(order[start:], load), self.options.batch_size)
+        return self._batches(order[start:], epoch)
 
     def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
-        """Yield the rows in their order, through the eval transform."""
+        """Yield the rows in their order, as the eval transform shows them."""
+        return self._batches(self.readable(rows), None)
 
-        def load(row: int) -> UInt8Array:
-            return eval_pixels(self._image(row), self.preprocessing)
+    @abstractmethod
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+        """Yield `rows` in their order, augmented as in this epoch; None: as the eval transform shows them."""
 
-        return group_images(self._images(self.readable(rows), load), self.options.batch_size)
 
-    def _image(self, row: int) -> Image:
-        return load_image(self.manifest.path_of(row), self.manifest.paths[row])
+@dataclass
+class ImageReader(Reader):
+    """Reads rows of a manifest as pixels, and notes those that cannot be read, or are not what was hashed."""
 
-    def _images(self, rows: Int64Array, load: Callable[[int], UInt8Array]) -> Iterator[tuple[int, UInt8Array]]:
+    manifest: Manifest
+    preprocessing: Preprocessing
+
+    def __post_init__(self) -> None:
+        self.bad.update(self.manifest.unreadable)
+        #: bool [N]: compared with its digest, once in a process.
+        self._is_checked = np.zeros(self.manifest.n_rows, dtype=np.bool_)
+
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+        for images in in_batches(self._images(rows, epoch), self.options.batch_size):
+            numbers, pixels = zip(*images, strict=True)
+            yield Batch(np.array(numbers, dtype=np.int64), np.stack(pixels))
+
+    def _images(self, rows: Int64Array, epoch: int | None) -> Iterator[tuple[int, UInt8Array]]:
         """Yield (row, uint8 [crop, crop, 3]) in the order of `rows`; a bad image is noted and left out."""
 
         def timed(row: int) -> UInt8Array:
             with self.stopwatch.stage("decode"):
-                return load(row)
+                return self._load(row, epoch)
 
         window = PREFETCHED_BATCHES * self.options.batch_size
         for row, loaded in run_ahead(rows.tolist(), timed, workers=self.options.workers, window=window):
@@ -116,24 +101,41 @@ class ImageReader:
                 continue
             yield row, pixels
 
+    def _load(self, row: int, epoch: int | None) -> UInt8Array:
+        image = self._image(row)
+        if epoch is None or self.options.augment == "none":
+            return eval_pixels(image, self.preprocessing)
+        rng = derive_rng(self.options.seed, "augment", epoch, row)
+        pixels = train_pixels(image, self.preprocessing, rng, least_area=self.options.crop_area)
+        return pixels if self.options.augment == "crop" else np.array(trivial_augment(fromarray(pixels), rng))
 
-def group_images(images: Iterable[tuple[int, UInt8Array]], batch_size: int) -> Iterator[Batch]:
-    """Yield batches of `batch_size`, the last one smaller, or one image larger.
+    def _image(self, row: int) -> Image:
+        path = self.manifest.paths[row]
+        data = read_image_bytes(self.manifest.path_of(row), path)
+        if not self._is_checked[row]:
+            if not self.manifest.has_content(row, data):
+                raise DecodeError(path, "it changed while it was being read; run the same command again")
+            self._is_checked[row] = True
+        return decode_image(data, path)
 
-    One image left over joins the batch before it: batch norm in train mode has no variance over a single image, and
+
+def leave_out(rows: Int64Array, bad: Collection[int]) -> Int64Array:
+    """Return `rows` without the `bad` ones, in the same order."""
+    return rows[[row not in bad for row in rows.tolist()]]
+
+
+def in_batches(items: Iterable[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Yield batches of `batch_size`, the last one smaller, or one item larger.
+
+    One item left over joins the batch before it: batch norm in train mode has no variance over a single image, and
     a step on one image would weigh as much as a step on a whole batch.
     """
     largest = batch_size + 1 if batch_size > 1 else 1
-    held: list[tuple[int, UInt8Array]] = []
-    for image in images:
-        held.append(image)
+    held: list[Item] = []
+    for item in items:
+        held.append(item)
         if len(held) > largest:
-            yield _stack(held[:batch_size])
+            yield held[:batch_size]
             del held[:batch_size]
     if held:
-        yield _stack(held)
-
-
-def _stack(images: list[tuple[int, UInt8Array]]) -> Batch:
-    rows, pixels = zip(*images, strict=True)
-    return Batch(np.array(rows, dtype=np.int64), np.stack(pixels))
+        yield held

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from transfercache import config
+from transfercache.backbones.weights import REFUSALS
 from transfercache.environment import installed_versions
 from transfercache.errors import UsageError
 from transfercache.files import locked, replacing, resource_errors
@@ -23,8 +23,6 @@ SUFFIX = ".checkpoints"
 # Within an epoch: what a kill costs at most, where writing takes a second.
 _SECONDS_BETWEEN = 120.0
 _LOCK = "lock"
-# What torch.load raises for a zip archive with the right sums and other content than ours.
-_REFUSALS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError)
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +140,6 @@ def _load(path: Path) -> State | None:
             if archive.testzip() is not None:  # torch.load itself does not look at the sums
                 return None
         state: State = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, *_REFUSALS):
+    except (zipfile.BadZipFile, *REFUSALS):
         return None
     return state

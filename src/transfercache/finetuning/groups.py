@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -44,6 +44,17 @@ def describe_groups(backbone: Backbone, options: FinetuneOptions, *, n_classes: 
         steps = len(names) - 1 - names.index(stage)
         groups.append(ParameterGroup(stage, (stage,), rates["backbone"] * options.lr_decay**steps, decay, sizes[stage]))
     return (*groups, ParameterGroup(HEAD, (HEAD,), rates["head"], decay, (backbone.dim + 1) * n_classes))
+
+
+def describe_effects(backbone: Backbone, options: FinetuneOptions) -> tuple[Any, ...]:
+    """Return what tells a run from others on the same rows: the groups, and the options that have a say beside them."""
+    groups = describe_groups(backbone, options, n_classes=2)
+    said = dict.fromkeys(("unfreeze", "lr_backbone", "lr_head", "lr_decay", "weight_decay"))  # by the groups
+    if options.augment == "none":
+        said["crop_area"] = None
+    if len(groups) == 1 or not any(isinstance(module, _BatchNorm) for module in backbone.network.modules()):
+        said["batch_norm"] = None
+    return groups, {**asdict(options), **said}
 
 
 def count_parameters(backbone: Backbone) -> dict[str, int]:

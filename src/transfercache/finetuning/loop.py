@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,7 +28,7 @@ from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
 from transfercache.finetuning.start import head_digest, match_head, put_head
 from transfercache.finetuning.trainer import Trainer, build_trainer
-from transfercache.finetuning.training import OnEpoch, OnLine, Run, evaluate, train
+from transfercache.finetuning.training import OnEpoch, OnLine, Run, diverged, evaluate, ignore, train
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
@@ -41,28 +39,39 @@ from transfercache.stopwatch import Stopwatch
 _CHECKPOINT_FORMAT = 2
 
 
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What trains, on what and from what: the same for all runs of a search."""
+
+    backbone: Backbone  # stays as it was
+    spec: ExtractSpec  # goes into the head
+    device: torch.device
+    start: LinearHead | None = None  # None: a new head, with the higher rates of one
+    activations: Activations | None = None  # None: it trains on the images
+
+    def head_of(self, manifest: Manifest) -> LinearHead | None:
+        """Return the head to start from, matched to the data's classes; raises UsageError where it does not fit."""
+        return None if self.start is None else match_head(self.start, spec=self.spec, class_names=manifest.class_names)
+
+
 def finetune(
     manifest: Manifest,
-    backbone: Backbone,
+    task: Task,
     *,
     options: FinetuneOptions,
-    spec: ExtractSpec,
-    device: torch.device,
-    start: LinearHead | None = None,
-    activations: Activations | None = None,
     checkpoints: Checkpoints | None = None,
-    on_epoch: OnEpoch | None = None,
-    on_line: OnLine | None = None,
+    on_epoch: OnEpoch = ignore,
+    on_line: OnLine = ignore,
 ) -> FinetuneResult:
-    """Train a copy of `backbone` with a head on the training rows, and evaluate it once on the reported ones.
+    """Train a copy of the task's backbone with a head on the training rows, and evaluate it once on the reported ones.
 
-    The head is new, or `start`, with the lower rates of a trained one. The same seed gives the same bits on the same
-    machine's CPU, whatever `options.workers`, and wherever it was stopped and resumed. `backbone` stays as it was;
-    `spec` goes into the head. An unreadable image is listed in the result's `bad`; from the epoch that met it on it is
-    left out, and the run goes on. `on_line` is told what it computes in and where it goes on. Raises DataError where
-    nothing can train, UsageError for a stage that the backbone does not have, a head that does not fit, checkpoints of
-    another run, and rates at which the loss stops being a number.
+    The same seed gives the same bits on the same machine's CPU, whatever `options.workers`, and wherever it was stopped
+    and resumed. An unreadable image is listed in the result's `bad`; from the epoch that met it on it is left out, and
+    the run goes on. `on_line` is told what it computes in and where it goes on. Raises DataError where nothing can
+    train, UsageError for a stage that the backbone does not have, a head that does not fit, checkpoints of another run,
+    and rates at which the loss stops being a number.
     """
+    backbone, device, activations, start = task.backbone, task.device, task.activations, task.head_of(manifest)
     stopwatch = Stopwatch()
     forget_peak_memory(device)
     options = replace(options, has_head=start is not None)
@@ -71,39 +80,31 @@ def finetune(
     rows = divide_rows(manifest, select=options.select, seed=options.seed)
     network = network_with_head(backbone, len(manifest.class_names), seed=options.seed)
     if start is not None:
-        start = match_head(start, spec=spec, class_names=manifest.class_names)
         put_head(network, backbone, start)
     if checkpoints is not None:
-        identity = identify_run(manifest, backbone, options, device=device, start=start, activations=activations)
-        checkpoints.identity = {**checkpoints.identity, **identity}
-    if on_line is not None:
-        on_line(describe_compute(compute, device))
+        checkpoints.identity = {**checkpoints.identity, **identify_run(manifest, task, options)}
+    on_line(describe_compute(compute, device))
     build = partial(build_trainer, network, backbone, groups, options=options, compute=compute, device=device)
     reader: Reader
     if activations is None:
         trainer = build(prepare=partial(normalise, preprocessing=backbone.preprocessing))
-        reader = ImageReader(manifest, backbone.preprocessing, options, stopwatch)
+        reader = ImageReader(options, stopwatch, manifest, backbone.preprocessing)
     else:
         trainer = build(prepare=activations.prepare, take_part=partial(part_behind, backbone, activations.stage))
-        reader = ActivationReader(activations, options, stopwatch)
+        reader = ActivationReader(options, stopwatch, activations)
     run = Run(manifest, rows, reader, trainer, stopwatch)
     with full_float32():
-        with _seeded(device, derive_seed(options.seed, "dropout")):
+        with seeded(derive_seed(options.seed, "dropout"), device):
             epochs, chosen_epoch = train(run, checkpoints=checkpoints, on_epoch=on_epoch, on_line=on_line)
         reported_rows, logits = evaluate(run, rows.reported, desc="evaluate")
         canary_logits = _canary_logits(trainer, backbone)
     kept = trainer.kept.to("cpu").to(memory_format=torch.contiguous_format)
+    # The loss of a step is that before it: what the last one did has not been seen by then.
+    if not all(torch.isfinite(values).all() for values in (logits, canary_logits, *kept.parameters())):
+        raise diverged(run, chosen_epoch, "the network after it gives no finite numbers")
     return FinetuneResult(
         network=kept,
-        head=_linear_head(
-            run,
-            backbone,
-            groups=groups,
-            spec=spec,
-            chosen_epoch=chosen_epoch,
-            start=start,
-            cached=None if activations is None else activations.describe(),
-        ),
+        head=_linear_head(run, task, groups=groups, chosen_epoch=chosen_epoch),
         backbone_tensors=_trunk_tensors(kept, backbone.head_path),
         groups=groups,
         compute=compute,
@@ -119,21 +120,14 @@ def finetune(
     )
 
 
-def identify_run(
-    manifest: Manifest,
-    backbone: Backbone,
-    options: FinetuneOptions,
-    *,
-    device: torch.device,
-    start: LinearHead | None,
-    activations: Activations | None,
-) -> dict[str, Any]:
+def identify_run(manifest: Manifest, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """Return all that a run's end depends on, by the names that a message uses, in values of JSON."""
     rows = hashlib.sha256(json.dumps(manifest.class_names).encode())
     for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
         rows.update(np.ascontiguousarray(array).tobytes())
     # The number of threads changes no bit.
     named = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "workers"}
+    backbone, device, activations, start = task.backbone, task.device, task.activations, task.head_of(manifest)
     return {
         **named,
         "format": _CHECKPOINT_FORMAT,
@@ -145,19 +139,6 @@ def identify_run(
         "--init-head": None if start is None else head_digest(start),
         "cached activations": None if activations is None else activations.describe(),
     }
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw torch's random numbers (dropout) from `seed` inside the block; global generators are left as they were."""
-    if device.type == "cpu":
-        with seeded(seed):
-            yield
-        return
-    accelerators = list(range(torch.get_device_module(device).device_count()))
-    with torch.random.fork_rng(devices=accelerators, device_type=device.type):
-        torch.manual_seed(seed)
-        yield
 
 
 def _canary_logits(trainer: Trainer, backbone: Backbone) -> torch.Tensor:
@@ -174,16 +155,7 @@ def _count_trained(run: Run) -> npt.NDArray[np.int64]:
     return np.bincount(labels, minlength=len(run.manifest.class_names))
 
 
-def _linear_head(
-    run: Run,
-    backbone: Backbone,
-    *,
-    groups: tuple[ParameterGroup, ...],
-    spec: ExtractSpec,
-    chosen_epoch: int,
-    start: LinearHead | None,
-    cached: str | None,
-) -> LinearHead:
+def _linear_head(run: Run, task: Task, *, groups: tuple[ParameterGroup, ...], chosen_epoch: int) -> LinearHead:
     options = asdict(run.trainer.options)
     select = options["select"]
     for name in (
@@ -195,13 +167,13 @@ def _linear_head(
         "has_head",
     ):  # said by groups and start
         del options[name]
-    linear = run.trainer.kept.get_submodule(backbone.head_path)
+    linear = run.trainer.kept.get_submodule(task.backbone.head_path)
     tensors = {name: tensor.detach().numpy().copy() for name, tensor in linear.named_parameters()}
     return LinearHead(
         weight=tensors["weight"],
         bias=tensors["bias"],
         class_names=run.manifest.class_names,
-        spec=spec,
+        spec=task.spec,
         solver="finetune",
         n_train=int(_count_trained(run).sum()),
         chosen={
@@ -209,8 +181,8 @@ def _linear_head(
             "by": "fixed schedule" if select is None else f"log loss on {select:g} of the training rows",
             **options,
             "compute": run.trainer.compute,
-            "start": "new head" if start is None else start.solver,
-            "cached": cached,
+            "start": "new head" if task.start is None else task.start.solver,
+            "cached": None if task.activations is None else task.activations.describe(),
             "groups": [{**asdict(group), "stages": list(group.stages)} for group in groups],
         },
     )

@@ -9,8 +9,6 @@ from transfercache.backbones.choice import available_computes
 from transfercache.backbones.devices import device_name
 from transfercache.errors import ResourceError
 
-_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def training_compute(compute: str, device: torch.device) -> str:
     """Return what `--compute` comes to on a device: fp32, bf16 or fp16.
@@ -25,11 +23,6 @@ def training_compute(compute: str, device: torch.device) -> str:
     if compute not in known:
         raise ResourceError(f"--compute {compute}: {device_name(device)} trains in {' or '.join(known)}")
     return compute
-
-
-def autocast(compute: str, device: torch.device) -> torch.autocast:
-    """Return torch's context in which a network runs in this precision; in fp32 it does nothing."""
-    return torch.autocast(device.type, dtype=_DTYPE.get(compute), enabled=compute in _DTYPE)
 
 
 def describe_compute(compute: str, device: torch.device) -> str:

@@ -27,8 +27,8 @@ class EpochRecord:
     passes: int  # images through the network, forward, since the run began; selection is in it
     peak_memory_bytes: int  # so far: of torch's tensors on an NVIDIA GPU, elsewhere of the process
     n_bad: int  # images that cannot be read, known so far
-    selection_loss: float | None = None  # held-out log loss; None without --select
-    selection_accuracy: float | None = None
+    selection_loss: float | None  # held-out log loss; None without --select
+    selection_accuracy: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,3 @@ class FinetuneResult:
     passes: int  # images through the network, forward: training, selection and evaluation
     seconds: Mapping[str, float]  # decode (summed over threads), step, evaluate (selection included), total
     canary_logits: npt.NDArray[np.float32]  # float32 [4, C]
-
-    @property
-    def n_train(self) -> int:
-        """Images in the last epoch."""
-        return int(self.n_train_per_class.sum())

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from transfercache.errors import DataError
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
-from transfercache.splits import Split, hash_split, reported_split
+from transfercache.splits import Split, divide_roles, hash_split
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -30,12 +30,10 @@ def divide_rows(manifest: Manifest, *, select: float | None, seed: int) -> Divid
     Rows that the manifest knows to be unreadable are in none of them. Raises DataError where nothing can train, or
     nothing can be held out without dividing a group.
     """
-    labelled = (manifest.labels >= 0) & manifest.is_readable()
-    train = np.flatnonzero(labelled & (manifest.split == Split.TRAIN))
+    roles = divide_roles(manifest.split, np.where(manifest.is_readable(), manifest.labels, -1))
+    train, reported_rows = np.flatnonzero(roles.is_train), np.flatnonzero(roles.is_reported)
     if not len(train):
         raise DataError(f"{manifest.root}: no labelled training image; give train/ a folder per class, or --labels")
-    reported = reported_split(manifest.split, manifest.labels)
-    reported_rows = np.flatnonzero(labelled & (manifest.split == reported)) if reported else train[:0]
     if select is None:
         return DividedRows(train, train[:0], reported_rows)
     is_held_out = _draw_held_out(manifest, train, share=select, seed=seed)

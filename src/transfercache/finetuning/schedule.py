@@ -8,7 +8,7 @@ import math
 _WARMUP_FROM = 0.1
 
 
-def rate_factor(schedule: str, progress: float, *, warmup: float = 0.0) -> float:
+def rate_factor(schedule: str, progress: float, *, warmup: float) -> float:
     """Return what the highest rate is multiplied by when the share `progress` (0 to 1) of the run is done.
 
     In the share `warmup` of the run it rises linearly (Goyal et al. 2017, section 2.2). After that, cosine: half a

@@ -14,19 +14,21 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 
 from transfercache import config
+from transfercache.backbones.registry import Backbone
 from transfercache.environment import installed_versions
 from transfercache.errors import DivergenceError, OutOfMemoryError, UsageError, did_you_mean
 from transfercache.files import write_atomic
 from transfercache.finetuning.checkpoints import Checkpoints
+from transfercache.finetuning.groups import describe_effects
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import FinetuneResult
 from transfercache.finetuning.rows import divide_rows
-from transfercache.finetuning.training import OnLine
+from transfercache.finetuning.training import OnLine, ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
 from transfercache.strict_json import parse, take
@@ -43,16 +45,6 @@ _SCHEMA_VERSION = 1
 # What says which rows judge and how, what is no setting (a seed that wins has won by luck), or changes no bit.
 _NOT_TRIED = ("compute", "has_head", "patience", "seed", "select", "workers")
 _NAMES = tuple(field.name for field in fields(FinetuneOptions) if field.name not in _NOT_TRIED)
-_TRIAL: Mapping[str, type | tuple[type, ...]] = {
-    "values": dict,
-    "failure": (str, type(None)),
-    "held_out_log_loss": (float, type(None)),
-    "held_out_accuracy": (float, type(None)),
-    "epoch": int,
-    "seconds": float,
-    "passes": int,
-    "n_held_out": int,
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,10 @@ class Trial:
     seconds: float
     passes: int  # images through the network, forward
     n_held_out: int  # training rows, the same for all
+
+
+# What JSON makes of its fields: a type, or one of two.
+_TRIAL = {**{name: get_args(kind) or kind for name, kind in get_type_hints(Trial).items()}, "values": dict}
 
 
 def name_flag(name: str) -> str:
@@ -128,6 +124,23 @@ def _parse(name: str, word: str) -> Any:
         raise UsageError(f"--try {name_flag(name)}={word}: must be {what}") from error
 
 
+def check_effects(backbone: Backbone, options: FinetuneOptions, combinations: Sequence[Values]) -> None:
+    """Raise UsageError for an option whose values change nothing beside the others, and for an unknown stage."""
+
+    def effects(changes: Values) -> list[object]:
+        return [describe_effects(backbone, replace(options, **{**values, **changes})) for values in combinations]
+
+    as_tried = effects({})
+    for name, first in combinations[0].items() if combinations else ():
+        is_tried = any(values[name] != first for values in combinations)
+        if is_tried and as_tried == effects({name: first}):
+            cause = "augment" if name == "crop_area" else "unfreeze"
+            with_words = " or ".join(dict.fromkeys(v.get(cause, getattr(options, cause)) for v in combinations))
+            raise UsageError(
+                f"--try {name_flag(name)}: its values all train the same with --{cause} {with_words}; leave it out"
+            )
+
+
 def check_search(checkpoints: Checkpoints, combinations: Sequence[Values]) -> None:
     """Raise UsageError where a run with a search would go on from one without it, or the other way round."""
     folder = checkpoints.folder
@@ -150,7 +163,7 @@ def search(
     combinations: Sequence[Values],
     *,
     checkpoints: Checkpoints,
-    on_line: OnLine | None = None,
+    on_line: OnLine = ignore,
 ) -> tuple[Trial, ...]:
     """Try each combination, in order; those that an interrupted search has finished are taken from its checkpoints.
 
@@ -166,8 +179,7 @@ def search(
     for number, values in enumerate(combinations, 1):
         own = checkpoints.part(f"try-{number}-", is_first=not trials)
         if number > len(trials):
-            if on_line is not None:
-                on_line(f"try {number} of {len(combinations)}: {describe_values(values)}")
+            on_line(f"try {number} of {len(combinations)}: {describe_values(values)}")
             tried = replace(options, **values, select=share)
             run = partial(train, hidden, tried, own)
             trials.append(_judge(run, values, n_held_out=n_held_out, is_best_kept=options.select is not None))
@@ -176,8 +188,7 @@ def search(
     if all(trial.held_out_log_loss is None for trial in trials):
         checkpoints.remove()
         raise UsageError("--try: every combination diverged or ran out of memory; give lower rates, or smaller batches")
-    if on_line is not None:
-        on_line(f"the best of {len(trials)}: {describe_values(choose_trial(trials).values)}")
+    on_line(f"the best of {len(trials)}: {describe_values(choose_trial(trials).values)}")
     return tuple(trials)
 
 
@@ -199,8 +210,7 @@ def _judge(run: Callable[[], FinetuneResult], values: Values, *, n_held_out: int
     try:
         result = run()
     except DivergenceError as error:
-        seconds = time.perf_counter() - start
-        return Trial(values, "diverged", None, None, error.epoch, seconds, error.passes, n_held_out)
+        return Trial(values, "diverged", None, None, error.epoch, error.seconds, error.passes, n_held_out)
     except OutOfMemoryError as error:
         logger.warning("--try %s: %s", describe_values(values), error)
         return Trial(values, "out of memory", None, None, 1, time.perf_counter() - start, 0, n_held_out)

@@ -12,7 +12,6 @@ from torch import nn
 
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import UsageError
-from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.heads.linear_head import LinearHead
 from transfercache.spec import ExtractSpec
 
@@ -41,10 +40,9 @@ def match_head(head: LinearHead, *, spec: ExtractSpec, class_names: Sequence[str
             f"those of this {spec.backbone}; pass --backbone and --weights as they were then"
         )
     order = [head.class_names.index(name) for name in class_names]
-    weight, bias = (array[order] / np.float32(head.temperature) for array in (head.weight, head.bias))
-    is_trained = head.bias[order] != UNTRAINED_BIAS
-    bias = np.where(is_trained, bias, bias[is_trained].min())
-    return replace(head, weight=weight, bias=bias, class_names=tuple(class_names), temperature=1.0)
+    weight, bias = head.weight / head.temperatures[:, None], head.bias / head.temperatures
+    bias = np.where(head.is_trained, bias, bias[head.is_trained].min())
+    return replace(head, weight=weight[order], bias=bias[order], class_names=tuple(class_names), temperature=1.0)
 
 
 def put_head(network: nn.Module, backbone: Backbone, head: LinearHead) -> None:

@@ -14,12 +14,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfercache import config
 from transfercache.backbones.devices import memory_errors
+from transfercache.backbones.engines import autocast
 from transfercache.backbones.registry import Backbone
 from transfercache.finetuning.batches import Batch
 from transfercache.finetuning.folding import fold_norms
 from transfercache.finetuning.groups import ParameterGroup, freeze_stages, optimizer_groups, set_training_modes
 from transfercache.finetuning.options import FinetuneOptions
-from transfercache.finetuning.precision import autocast
 from transfercache.finetuning.schedule import rate_factor
 from transfercache.randomness import derive_rng
 

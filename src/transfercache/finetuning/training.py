@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from transfercache.backbones.devices import peak_memory_bytes, synchronize
 from transfercache.errors import DataError, DivergenceError
-from transfercache.finetuning.batches import Batch, Reader
+from transfercache.finetuning.batches import Batch, Reader, leave_out
 from transfercache.finetuning.checkpoints import Checkpoints, State
 from transfercache.finetuning.result import EpochRecord
 from transfercache.finetuning.rows import DividedRows
@@ -30,6 +30,10 @@ from transfercache.stopwatch import Stopwatch
 Int64Array = npt.NDArray[np.int64]
 OnEpoch = Callable[[EpochRecord], None]
 OnLine = Callable[[str], None]
+
+
+def ignore(told: object) -> None:
+    """Do nothing with what a run tells."""
 
 
 @dataclass
@@ -65,7 +69,7 @@ class Run:
 
 
 def train(
-    run: Run, *, checkpoints: Checkpoints | None, on_epoch: OnEpoch | None, on_line: OnLine | None
+    run: Run, *, checkpoints: Checkpoints | None, on_epoch: OnEpoch, on_line: OnLine
 ) -> tuple[tuple[EpochRecord, ...], int]:
     """Run the schedule; leave the kept network as it was after the chosen epoch, and return that epoch."""
     options = run.trainer.options
@@ -73,15 +77,13 @@ def train(
     state = None if checkpoints is None else checkpoints.newest()
     if state is not None:
         progress = _restore(run, state)
-        if on_line is not None:
-            on_line(f"going on after {progress.epoch - 1} epochs and {progress.n_trained} images of the next")
+        on_line(f"going on after {progress.epoch - 1} epochs and {progress.n_trained} images of the next")
     while progress.epoch <= options.epochs and not _is_past_best(progress, options.patience):
         record = _run_epoch(run, progress, checkpoints)
         _finish_epoch(run, progress, record)
         if checkpoints is not None:
             checkpoints.write(_capture(run, progress), epoch=progress.epoch, n_trained=0)
-        if on_epoch is not None:
-            on_epoch(record)
+        on_epoch(record)
     if progress.best_state is not None:
         run.trainer.kept.load_state_dict(progress.best_state)
     return tuple(progress.records), progress.best_epoch or len(progress.records)
@@ -98,7 +100,7 @@ def _run_epoch(run: Run, progress: Progress, checkpoints: Checkpoints | None) ->
     if not progress.n_trained:
         progress.bad_before = dict(run.reader.bad)
     train_rows = run.rows.train
-    rows = train_rows[[row not in progress.bad_before for row in train_rows.tolist()]]
+    rows = leave_out(train_rows, progress.bad_before)
     start = time.perf_counter() - progress.seconds
     batches = run.reader.training_batches(rows, epoch, after=progress.last_row)
     trainer.set_training()
@@ -133,7 +135,9 @@ def _run_epoch(run: Run, progress: Progress, checkpoints: Checkpoints | None) ->
         selection_loss=selection_loss,
         selection_accuracy=selection_accuracy,
     )
-    _check_finite(record, run.trainer)
+    for what, value in (("loss", record.train_loss), ("held-out loss", selection_loss)):
+        if value is not None and not math.isfinite(value):
+            raise diverged(run, epoch, f"the {what} is {value}")
     return record
 
 
@@ -149,14 +153,14 @@ def _finish_epoch(run: Run, progress: Progress, record: EpochRecord) -> None:
     progress.sums, progress.seconds = [], 0.0
 
 
-def _check_finite(record: EpochRecord, trainer: Trainer) -> None:
-    if math.isfinite(record.train_loss) and math.isfinite(record.selection_loss or 0.0):
-        return
-    rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in trainer.options.learning_rates().items())
-    raise DivergenceError(
-        f"epoch {record.epoch}: the loss is {record.train_loss}; the rates are too high, give lower ones than {rates}",
-        epoch=record.epoch,
-        passes=record.passes,
+def diverged(run: Run, epoch: int, what: str) -> DivergenceError:
+    """Return the error of a run in which numbers stopped being finite: `what` says which."""
+    rates = ", ".join(f"--lr-{name} {rate:g}" for name, rate in run.trainer.options.learning_rates().items())
+    return DivergenceError(
+        f"epoch {epoch}: {what}; the rates are too high, give lower ones than {rates}",
+        epoch=epoch,
+        passes=run.trainer.passes,
+        seconds=run.seconds()["total"],
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from transfercache import config
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError, UsageError, did_you_mean
-from transfercache.heads.linear_head import LinearHead
+from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
 from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int64Array, Problem, Settings, Solver
 
 #: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
@@ -22,10 +22,6 @@ SETTINGS_OF = {
     "linear": ("class-weight", "optimizer"),
     KNN: (),
 }
-
-#: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
-#: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.
-UNTRAINED_BIAS = -1e4
 
 
 def pick_solver(name: str) -> Solver:

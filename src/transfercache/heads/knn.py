@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
 from transfercache.cache.blocks import FeatureBlocks, in_order
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError
 
 Float32Array = npt.NDArray[np.float32]
@@ -38,6 +40,28 @@ def knn_probabilities(
     nearness = (1 + nearest.similarity.astype(np.float64)) / 2
     votes = _count(nearest.labels, 1 + TIE_WEIGHT * nearness, n_classes)
     return np.asarray(votes / votes.sum(axis=1, keepdims=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """Images whose nearest ones vote: what predicts in place of a `LinearHead`."""
+
+    images: FeatureTable
+
+    @classmethod
+    def of(cls, train: FeatureTable) -> Neighbours:
+        """Keep the images as the eval transform shows them: more views would be each other's neighbours."""
+        return cls(train.subset(train.view == EVAL_VIEW))
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What a head's `chosen` is."""
+        return {"neighbours": config.KNN_NEIGHBOURS}
+
+    def probabilities(self, x: Float32Array) -> Float64Array:
+        """Return float64 [M, C] for raw embeddings float32 [M, D]."""
+        images = self.images
+        return knn_probabilities(images.blocks, images.labels, x, n_classes=len(images.class_names))
 
 
 class _Nearest(NamedTuple):

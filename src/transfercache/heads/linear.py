@@ -49,10 +49,13 @@ def fit_linear(problem: Problem) -> tuple[Affine, Chosen]:
 
 def _choose_epochs(problem: Problem) -> tuple[int, Chosen]:
     n_epochs = max_epochs(len(problem.targets), problem.settings.optimizer)
-    selection = select(problem, lambda fold: _train(fold, n_epochs=n_epochs), name="the number of epochs")
-    if selection is None:
-        return DEFAULT_EPOCHS, {"by": "default: no class can be held out"}
-    return selection.position + 1, selection.chosen
+    return select(
+        problem,
+        lambda fold: _train(fold, n_epochs=n_epochs),
+        name="the number of epochs",
+        grid=range(1, n_epochs + 1),
+        default=DEFAULT_EPOCHS,
+    )
 
 
 def _multiplications(problem: Problem) -> int:

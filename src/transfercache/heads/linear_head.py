@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.metrics import softmax
+from transfercache.metrics import BoolArray, softmax
 from transfercache.spec import ExtractSpec
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int64Array = npt.NDArray[np.int64]
+
+#: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
+#: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.
+UNTRAINED_BIAS = -1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,16 @@ class LinearHead:
         """D, the length of the embeddings it takes."""
         return int(self.weight.shape[1])
 
+    @property
+    def is_trained(self) -> BoolArray:
+        """bool [C]: the classes that had training rows; the logit of another is `UNTRAINED_BIAS`."""
+        return np.asarray(self.bias != UNTRAINED_BIAS)
+
+    @property
+    def temperatures(self) -> Float32Array:
+        """[C], what the classes' logits are divided by; not those without training, which would come within reach."""
+        return np.where(self.is_trained, self.temperature, 1.0).astype(np.float32)
+
     def logits(self, x: Float32Array) -> Float32Array:
         """Return float32 [M, C] for raw embeddings float32 [M, D]."""
         if x.ndim != 2 or x.shape[1] != self.dim:
@@ -60,7 +74,7 @@ class LinearHead:
 
     def probabilities(self, x: Float32Array) -> Float64Array:
         """Return float64 [M, C]: softmax of the logits over the temperature; exactly 0 for a class without training."""
-        return softmax(self.logits(x) / self.temperature)
+        return softmax(self.logits(x) / self.temperatures)
 
     def predict(self, x: Float32Array) -> Int64Array:
         """Return int64 [M]: the index into `class_names` of the largest logit (ties: the first)."""

@@ -90,8 +90,8 @@ def fit_at(
         descent.begin_at(start)
     else:
         _begin(descent, problem, l2, whitening)
-    descent.solve(l2, gap=descent.final_gap if gap is None else gap)
-    reached, n_passes = descent.relative_gap(l2), descent.loss.n_passes
+    reached = descent.solve(l2, gap=descent.final_gap if gap is None else gap)
+    n_passes = descent.loss.n_passes
     is_converged = reached <= CONVERGED_GAP
     if not is_converged:
         logger.warning(
@@ -108,9 +108,8 @@ def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chose
 
     There is no start where C is chosen on a part of the rows: the optimum on a quarter of them is nearer.
     """
-    if problem.settings.C is not None:
-        return problem.settings.C, {"by": "given"}, None
-    part = _rows_to_choose_on(problem)
+    given = problem.settings.C
+    part = _rows_to_choose_on(problem) if given is None else None
     paths: list[list[Affine]] = []
 
     def fit_and_keep(fold: Problem) -> Iterator[Affine]:
@@ -119,17 +118,16 @@ def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chose
             paths[-1].append(affine)
             yield affine
 
-    selection = select(problem if part is None else problem.subset(part), fit_and_keep, name="C")
-    if selection is None:
-        return DEFAULT_C, {"by": "default: no class can be held out"}, None
-    chosen = {**selection.chosen, "rows": len(problem.targets) if part is None else len(part), "grid": list(C_GRID)}
-    if part is not None:
-        return C_GRID[selection.position], chosen, None
-    at_best = [path[selection.position] for path in paths]
+    asked = problem if part is None else problem.subset(part)
+    noted = {"rows": len(asked.targets), "grid": list(C_GRID)}
+    C, chosen = select(asked, fit_and_keep, name="C", given=given, grid=C_GRID, default=DEFAULT_C, noted=noted)
+    if part is not None or not paths:
+        return C, chosen, None
+    at_best = [path[C_GRID.index(C)] for path in paths]
     start = Affine(
         np.mean([affine.weight for affine in at_best], axis=0), np.mean([affine.bias for affine in at_best], axis=0)
     )
-    return C_GRID[selection.position], chosen, start
+    return C, chosen, start
 
 
 def _rows_to_choose_on(problem: Problem) -> Int64Array | None:
@@ -160,9 +158,9 @@ def _whitening_of(problem: Problem) -> Whitening | None:
     return Whitening(problem) if problem.n_multiplications >= MIN_SHARED else None
 
 
-def fit_path(problem: Problem, whitening: Whitening | None = None) -> Iterator[Affine]:
+def fit_path(problem: Problem, whitening: Whitening | None) -> Iterator[Affine]:
     """Fit every C of the grid; each starts where the two before point, with the curvature that was seen on the way."""
-    descent = _Descent(problem, whitening or _whitening_of(problem))
+    descent = _Descent(problem, whitening)
     for C in C_GRID:
         descent.solve(_l2(problem, C), gap=PATH_GAP[descent.dtype])
         yield descent.affine()
@@ -210,7 +208,6 @@ class _Descent:
         self._curvature = Curvature(self._parameters.shape, self.dtype)
         self._mean_loss = math.log(problem.n_targets)
         self._l2: float | None = None
-        self._point: Point | None = None
 
     def begin_at(self, start: Affine) -> None:
         """Go on from a map on raw embeddings."""
@@ -239,8 +236,11 @@ class _Descent:
         """Go as far again as from the last point of departure: along a path of C parameters move almost straight."""
         self._parameters, self._departure = 2 * self._parameters - self._departure, self._parameters
 
-    def solve(self, l2: float, *, gap: float) -> None:
-        """Go to the optimum of this penalty, to within a relative gap, or as near as rounding lets it."""
+    def solve(self, l2: float, *, gap: float) -> float:
+        """Go to the optimum of this penalty, to within a relative gap, or as near as rounding lets it.
+
+        Returns a bound of (value - optimum) / value where it then stands.
+        """
         if self._l2 is not None:
             self._curvature.add_penalty(l2 - self._l2, _WEIGHTS)
         self._l2 = l2
@@ -259,7 +259,7 @@ class _Descent:
             loss = self._mean_loss
             return self._whitening.apply(gradient, curvature=self._class_curvature(loss), mean_loss=loss, l2=l2)
 
-        self._point = minimise(
+        point = minimise(
             objective,
             self._parameters,
             curvature=self._curvature,
@@ -268,11 +268,8 @@ class _Descent:
             rounding=self._rounding,
             max_calls=MAX_PASSES,
         )
-        self._parameters = self._point.x
-
-    def relative_gap(self, l2: float) -> float:
-        """Return a bound of (value - optimum) / value where it stands."""
-        return self._relative_gap(self._point, l2) if self._point is not None else np.inf
+        self._parameters = point.x
+        return self._relative_gap(point, l2)
 
     def _relative_gap(self, point: Point, l2: float) -> float:
         """Bound the gap: |dW|^2 / (2 l2), the duality gap for a function whose curvature is at least l2.

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from transfercache import config
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError
 from transfercache.heads.linear_head import Float32Array, Int64Array, LinearHead
-from transfercache.splits import assign_folds
+from transfercache.heads.select import divide_folds
 
 Fit = Callable[[FeatureTable], LinearHead]
 
@@ -32,16 +31,13 @@ def out_of_fold(table: FeatureTable, fit: Fit, *, seed: int) -> OutOfFold:
     all that there is of a class is never held out, nor is one whose fold would lack a class. Raises DataError where
     that leaves none.
     """
-    fold_of, n_folds = assign_folds(table.labels, table.group, n_folds=config.N_FOLDS, seed=seed)
-    classes = np.unique(table.labels)
-    rows, logits = [], []
-    for fold in tqdm(range(n_folds), desc="held out", file=sys.stderr, disable=None, leave=False):
-        is_held = fold_of == fold
-        if len(np.unique(table.labels[~is_held])) == len(classes):
-            held = np.flatnonzero(is_held & (table.view == EVAL_VIEW))
-            rows.append(held)
-            logits.append(fit(table.subset(~is_held)).logits(table.subset(held).features))
-    if not rows:
+    folds = divide_folds(table.labels, table.group, table.view == EVAL_VIEW, seed=seed)
+    if not folds:
         raise DataError("no class has two images (or groups), one of which could be held out; add images")
-    order = np.argsort(np.concatenate(rows))
-    return OutOfFold(np.concatenate(rows)[order], np.concatenate(logits)[order])
+    logits = [
+        fit(table.subset(fold.train)).logits(table.subset(fold.held).features)
+        for fold in tqdm(folds, desc="held out", file=sys.stderr, disable=None, leave=False)
+    ]
+    rows = np.concatenate([fold.held for fold in folds])
+    order = np.argsort(rows)
+    return OutOfFold(rows[order], np.concatenate(logits)[order])

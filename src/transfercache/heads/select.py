@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from transfercache import config
 from transfercache.cache.blocks import in_order
-from transfercache.heads.problem import Affine, Chosen, Float64Array, Int64Array, Problem
+from transfercache.heads.problem import Affine, BoolArray, Chosen, Float64Array, Int64Array, Problem
 from transfercache.splits import assign_folds
 
 logger = logging.getLogger(__name__)
+
+Setting = TypeVar("Setting")
 
 
 class Fold(NamedTuple):
@@ -25,39 +27,46 @@ class Fold(NamedTuple):
     held: Int64Array
 
 
-class Selection(NamedTuple):
-    """The best of a solver's settings, and how it was found."""
-
-    position: int
-    chosen: Chosen
-
-
 def make_folds(problem: Problem) -> list[Fold]:
-    """Return the folds of the problem, `config.N_FOLDS` of them where its classes allow it.
+    """Return the folds of a problem; see `divide_folds`."""
+    return divide_folds(problem.targets, problem.component, problem.is_scored, seed=problem.settings.seed)
+
+
+def divide_folds(labels: Int64Array, component: Int64Array, is_scored: BoolArray, *, seed: int) -> list[Fold]:
+    """Return the folds of these rows, `config.N_FOLDS` of them where the classes allow it.
 
     Fewer where every class has fewer components; none where no class can be held out. A fold whose training part
     would lack a class (components of mixed labels can cause it) is left out.
     """
-    fold_of, n_folds = assign_folds(
-        problem.targets, problem.component, n_folds=config.N_FOLDS, seed=problem.settings.seed
-    )
-    folds = [
-        Fold(np.flatnonzero(fold_of != k), np.flatnonzero((fold_of == k) & problem.is_scored)) for k in range(n_folds)
-    ]
-    return [fold for fold in folds if len(np.unique(problem.targets[fold.train])) == problem.n_targets]
+    fold_of, n_folds = assign_folds(labels, component, n_folds=config.N_FOLDS, seed=seed)
+    folds = [Fold(np.flatnonzero(fold_of != k), np.flatnonzero((fold_of == k) & is_scored)) for k in range(n_folds)]
+    n_classes = len(np.unique(labels))
+    return [fold for fold in folds if len(np.unique(labels[fold.train])) == n_classes]
 
 
-def select(problem: Problem, fit_path: Callable[[Problem], Iterator[Affine]], *, name: str) -> Selection | None:
-    """Choose among a solver's settings by the lowest mean log loss of held-out rows (ties: the first setting).
+def select(
+    problem: Problem,
+    fit_path: Callable[[Problem], Iterator[Affine]],
+    *,
+    name: str,
+    grid: Sequence[Setting],
+    default: Setting,
+    given: Setting | None = None,
+    noted: Chosen | None = None,
+) -> tuple[Setting, Chosen]:
+    """Return a solver's setting, and how it was chosen; by cross-validation, with what is to be `noted` then.
 
-    `fit_path` yields one map per setting, in the same order for every fold. It sees the fold's training rows alone,
-    so that its standardisation cannot look at a held-out row. Returns None, with a warning that names what is not
-    chosen, where no class can be held out.
+    It is the one `given`, else that of `grid` of lowest mean log loss of held-out rows (ties: the first), else the
+    `default`, with a warning that names what is not chosen, where no class can be held out. `fit_path` yields one map
+    per setting, in the grid's order for every fold. It sees the fold's training rows alone, so that its standardisation
+    cannot look at a held-out row.
     """
+    if given is not None:
+        return given, {"by": "given"}
     folds = make_folds(problem)
     if not folds:
         warn_not_chosen(name)
-        return None
+        return default, {"by": "default: no class can be held out"}
     losses = mean_held_out_losses(problem, folds, fit_path)
     chosen = {
         "by": "lowest mean log loss of held-out rows",
@@ -65,7 +74,7 @@ def select(problem: Problem, fit_path: Callable[[Problem], Iterator[Affine]], *,
         "seed": problem.settings.seed,
         "mean_log_loss": losses.tolist(),
     }
-    return Selection(int(np.argmin(losses)), chosen)
+    return grid[int(np.argmin(losses))], {**chosen, **(noted or {})}
 
 
 def warn_not_chosen(name: str) -> None:

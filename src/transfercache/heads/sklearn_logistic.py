@@ -28,7 +28,8 @@ def fit_sklearn(problem: Problem) -> tuple[Affine, Chosen]:
     The final fit starts from zero, so that it is scikit-learn's own for this C.
     """
     with threads_for(problem.n_multiplications):
-        C, chosen = _choose(problem)
+        given, noted = problem.settings.C, {"grid": list(C_GRID)}
+        C, chosen = select(problem, _fit_path, name="C", given=given, grid=C_GRID, default=DEFAULT_C, noted=noted)
         model = _model(C, warm_start=False)
         fitted = _fit(model, *_standardised(problem), problem)
     n_iterations = int(model.n_iter_.max())
@@ -36,15 +37,6 @@ def fit_sklearn(problem: Problem) -> tuple[Affine, Chosen]:
     if not is_converged:
         logger.warning("sklearn with C=%g stopped after %d iterations, before it converged", C, n_iterations)
     return fitted, {"C": C, **chosen, "standardised": True, "iterations": n_iterations, "converged": is_converged}
-
-
-def _choose(problem: Problem) -> tuple[float, Chosen]:
-    if problem.settings.C is not None:
-        return problem.settings.C, {"by": "given"}
-    selection = select(problem, _fit_path, name="C")
-    if selection is None:
-        return DEFAULT_C, {"by": "default: no class can be held out"}
-    return C_GRID[selection.position], {**selection.chosen, "grid": list(C_GRID)}
 
 
 def _fit_path(problem: Problem) -> Iterator[Affine]:

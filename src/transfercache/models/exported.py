@@ -64,7 +64,7 @@ class Format:
 def classifier_of(backbone: Backbone, head: LinearHead) -> Classifier:
     """Put `head` into its backbone, where the library's own classifier was."""
     network = network_with_head(backbone, len(head.class_names), seed=0)
-    folded = {"weight": head.weight / np.float32(head.temperature), "bias": head.bias / np.float32(head.temperature)}
+    folded = {"weight": head.weight / head.temperatures[:, None], "bias": head.bias / head.temperatures}
     state = {name: torch.from_numpy(tensor) for name, tensor in folded.items()}
     network.get_submodule(backbone.head_path).load_state_dict(state)
     spec, crop = head.spec.to_json(), head.spec.preprocessing.crop
@@ -96,7 +96,7 @@ class _SideBySide:
     name: str = "side by side"
 
     def embed(self, pixels: npt.NDArray[np.uint8]) -> FloatArray:
-        own = self.head.logits(self.engine.embed(pixels)) / np.float32(self.head.temperature)
+        own = self.head.logits(self.engine.embed(pixels)) / self.head.temperatures
         images = normalise(torch.from_numpy(pixels), self.head.spec.preprocessing).contiguous().numpy()
         return np.concatenate([own, self.run(images)], axis=1)
 

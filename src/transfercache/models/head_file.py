@@ -21,7 +21,6 @@ import safetensors.numpy
 
 from transfercache.errors import ModelError
 from transfercache.files import check_writable, write_atomic
-from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.heads.linear_head import LinearHead
 from transfercache.spec import ExtractSpec
 from transfercache.strict_json import parse
@@ -114,7 +113,7 @@ def check_canaries(path: Path, model: Model, embeddings: FloatArray) -> None:
             "train it again"
         )
     # The logit of a class without training rows is its bias whatever the network, and the largest of all by far.
-    is_trained = model.head.bias != UNTRAINED_BIAS
+    is_trained = model.head.is_trained
     kept = model.canary_logits[:, is_trained]
     spread = float(np.ptp(kept, axis=0).max(initial=0.0))
     largest = float(np.abs(kept).max(initial=0.0))
