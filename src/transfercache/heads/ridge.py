@@ -65,7 +65,8 @@ class Moments:
         mean, share = self.x / self.n, self.y / self.n
         covariance = self.xx / self.n - np.outer(mean, mean)
         deviation = np.sqrt(np.diagonal(covariance).clip(0))
-        deviation = np.where(deviation > least_deviation(mean + origin), deviation, 1.0)
+        # By infinity a constant column comes to exactly nothing; what rounding left of it would get a weight.
+        deviation = np.where(deviation > least_deviation(mean + origin), deviation, np.inf)
         values, vectors = np.linalg.eigh(covariance / np.outer(deviation, deviation))
         targets = (self.yx / self.n - np.outer(share, mean)) / deviation @ vectors  # [K, D]
         for l2 in penalties:
