@@ -17,6 +17,7 @@ from transfercache.cache.store import Store
 from transfercache.cache.upkeep import prune
 from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError, ResourceError
+from transfercache.extract import run as run_module
 from transfercache.spec import ExtractSpec
 
 Draw = Callable[[Path, int], None]
@@ -292,6 +293,33 @@ def test_prove__damaged_rows_alone_are_computed_again(extractor: Any) -> None:
     assert all(after[path][:12] == before[path][:12] for path in before)
     assert verify_folder(extractor.folder).problems == ()
     assert [entry.number for entry in Store(extractor.folder).catalogue.shards] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["replace_shards", "_tidy"])
+def test_prove__interrupted_once_it_is_on_record__is_recorded_once(
+    extractor: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    extractor.run()
+    (entry,) = Store(extractor.folder).catalogue.shards
+    _damage(extractor.folder / entry.file, entry.features.offset + 2 * 24)
+    publish = Store.publish
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def publish_and_be_interrupted(store: Store, *words: Any, **options: Any) -> bool:
+        monkeypatch.setattr(Store, "_tidy", interrupted)
+        return publish(store, *words, **options)
+
+    extractor.prove = True
+    with monkeypatch.context() as monkeypatch:
+        if name == "_tidy":  # the last that publishing does
+            monkeypatch.setattr(Store, "publish", publish_and_be_interrupted)
+        else:
+            monkeypatch.setattr(run_module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extractor.run()
+    assert [run.computed for run in read_catalogue(extractor.folder).provenance] == [10, 1]
 
 
 def _truncate(path: Path) -> None:

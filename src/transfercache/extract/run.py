@@ -105,26 +105,25 @@ class ExtractionRun:
             plan = self._plan(before)
             # Before anything is recorded: a record by these makers would vouch for all rows.
             self._check_parity(before, plan)
+            run = None
             try:
-                return self._fill_and_publish(plan, before)
+                reasons = self._fill(plan, before)
+                for shard in self._unfinished():
+                    if shard not in before.damaged:
+                        store.finish_shard(shard)
+                after = self._slots()
+                rows = self._rows(after, reasons)
+                outcome = self._outcome(plan, before, after, bad=_bad(rows))
+                run = self.describe_run(outcome)
+                if not store.publish(rows, run=run, **self._names()) and self._n_checked:
+                    store.record(run)
             except BaseException:
-                store.record(self.describe_run(self._outcome(plan, before, self._slots(), bad={})))
+                if run is None or run not in store.catalogue.provenance:  # publishing may fail after it is on record
+                    store.record(self.describe_run(self._outcome(plan, before, self._slots(), bad={})))
                 raise
-
-    def _fill_and_publish(self, plan: Plan, before: Slots) -> Outcome:
-        store = self.store
-        reasons = self._fill(plan, before)
-        for shard in self._unfinished():
-            if shard not in before.damaged:
-                store.finish_shard(shard)
-        after = self._slots()
-        rows = self._rows(after, reasons)
-        outcome = self._outcome(plan, before, after, bad=_bad(rows))
-        run = self.describe_run(outcome)
-        if not store.publish(rows, run=run, **self._names()) and self._n_checked:
-            store.record(run)
-        replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
-        return outcome
+            # Not inside: the run is on record, and this only moves rows.
+            replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
+            return outcome
 
     def _slots(self) -> Slots:
         return self.store.slots(prove=self.prove)
