@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfercache.cache import slots as slots_module
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
@@ -360,6 +361,24 @@ def test_prove__a_damaged_shard_is_replaced(extractor: Any, damage: Callable[[Pa
     before_again = sorted(path.name for path in extractor.folder.iterdir())
     assert extractor.run().reused == 10
     assert sorted(path.name for path in extractor.folder.iterdir()) == before_again
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_prove__reads_each_whole_shard_once(
+    extractor: Any, make_engine: Any, draw: Draw, monkeypatch: pytest.MonkeyPatch, is_interrupted: bool
+) -> None:
+    extractor.run()
+    draw(extractor.data / "dog/new.png", 100)
+    hashed: list[str] = []
+    real = slots_module.shard_digest
+    monkeypatch.setattr(slots_module, "shard_digest", lambda path, entry: hashed.append(path.name) or real(path, entry))
+    extractor.prove = True
+    if is_interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            extractor.run(make_engine(fails_at=0))
+    else:
+        assert extractor.run().computed == 1
+    assert hashed == ["shard-00000.h5"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone"])

@@ -161,8 +161,8 @@ class Store:
         """Return the catalogue's entry of one shard."""
         return next(entry for entry in self.catalogue.shards if entry.number == number)
 
-    def slots(self, *, prove: bool = False) -> Slots:
-        """Return every planned row; scans the checksums of unfinished shards, with `prove` of all."""
+    def slots(self, *, prove: Collection[int] = ()) -> Slots:
+        """Return every planned row; scans the checksums of unfinished shards, and proves those numbered `prove`."""
         return read_slots(self.folder, self.catalogue.shards, prove=prove)
 
     def begin_shard(self, digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8], *, batch_size: int) -> int:

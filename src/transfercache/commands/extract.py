@@ -362,7 +362,8 @@ def _n_views(store: Store, *, mend: bool) -> int:
         if not mend:
             raise
         logger.warning("it is written again: %s", error)
-        return int(store.slots(prove=True).view.max(initial=0)) + 1
+        shards = {entry.number for entry in store.catalogue.shards}
+        return int(store.slots(prove=shards).view.max(initial=0)) + 1
     return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
 
 

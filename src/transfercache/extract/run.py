@@ -12,6 +12,7 @@ from typing import TypedDict
 import numpy as np
 
 from transfercache.cache.blocks import rows_within
+from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.neighbours import Neighbour
 from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, OK, Rows
@@ -65,6 +66,7 @@ class ExtractionRun:
     describe_run: Callable[[Outcome], Run]
     _n_copied: int = field(default=0, init=False)
     _n_checked: int = field(default=0, init=False)
+    _proved: set[ShardEntry] = field(default_factory=set, init=False)  # finished, and whole
 
     def run(self) -> Outcome:
         """Do what there is to do; where that is nothing, nothing is locked, so that a read-only cache can be used.
@@ -111,7 +113,7 @@ class ExtractionRun:
                 for shard in self._unfinished():
                     if shard not in before.damaged:
                         store.finish_shard(shard)
-                after = self._slots()
+                after = store.slots(prove=before.damaged)
                 rows = self._rows(after, reasons)
                 outcome = self._outcome(plan, before, after, bad=_bad(rows))
                 run = self.describe_run(outcome)
@@ -119,14 +121,20 @@ class ExtractionRun:
                     store.record(run)
             except BaseException:
                 if run is None or run not in store.catalogue.provenance:  # publishing may fail after it is on record
-                    store.record(self.describe_run(self._outcome(plan, before, self._slots(), bad={})))
+                    after = store.slots(prove=before.damaged)
+                    store.record(self.describe_run(self._outcome(plan, before, after, bad={})))
                 raise
             # Not inside: the run is on record, and this only moves rows.
             replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
             return outcome
 
     def _slots(self) -> Slots:
-        return self.store.slots(prove=self.prove)
+        """Read the slots, with `prove` each shard proved unless it has been: hashing one reads all of it."""
+        entries = self.store.catalogue.shards if self.prove else ()
+        left = [entry for entry in entries if entry not in self._proved]
+        slots = self.store.slots(prove={entry.number for entry in left})
+        self._proved.update(entry for entry in left if entry.finished and entry.number not in slots.damaged)
+        return slots
 
     def _names(self) -> _Names:
         manifest = self.embedder.manifest
