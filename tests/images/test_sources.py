@@ -324,6 +324,7 @@ def test_read_source__csv_paths_may_lead_outside(csv_path: Path, tmp_path: Path,
             r"line 2 labels '1\.jpg' 'a' and line 4 'b'; an image has one label",
         ),
         ("path,label\n", r"no row below the header"),
+        ("path\n1.jpg\n4\0.jpg\n", r"line 3: '4\\x00\.jpg' holds a zero byte, as no path does; correct it"),
     ],
 )
 def test_read_source__csv_that_is_wrong(csv_path: Path, text: str, message: str) -> None:
