@@ -68,18 +68,11 @@ def find_or_create(
 ) -> Store:
     """Return the store of this data root and spec, in a new folder where there is none; canaries float32 [4, D].
 
-    Raises CacheError where a folder of the wanted name cannot be trusted, or holds rows of another width; and
-    ResourceError where the folder cannot be made.
+    Raises CacheError where a folder of the wanted name cannot be trusted, ResourceError where the folder cannot be
+    made.
     """
     catalogue = Catalogue(spec=spec, data_name=data_name, data_root=str(data_root), canaries=canaries)
-    folder = find(cache_dir, data_name=data_name, data_root=data_root, spec=spec)
-    store = Store(folder or _create(cache_dir, catalogue))
-    if store.catalogue.dim != catalogue.dim:
-        raise CacheError(
-            f"{store.folder}: its rows are {store.catalogue.dim} wide, this backbone's {catalogue.dim}; "
-            "remove the folder and run the same command again"
-        )
-    return store
+    return Store(find(cache_dir, data_name=data_name, data_root=data_root, spec=spec) or _create(cache_dir, catalogue))
 
 
 def folder_pattern(spec: ExtractSpec) -> str:

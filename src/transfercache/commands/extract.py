@@ -301,6 +301,11 @@ def extract_manifest(
         on_line=on_engine,
     )
     store = Store(folder) if folder is not None else _new_store(cache_dir, manifest, spec, make_engine)
+    if store.catalogue.dim != backbone.dim:
+        raise CacheError(
+            f"{store.folder}: its rows are {store.catalogue.dim} wide, this backbone's {backbone.dim}; "
+            "remove the folder and run the same command again"
+        )
     environment = describe_environment()
 
     def describe_run(outcome: Outcome) -> Run:
