@@ -190,10 +190,11 @@ def extract_features(
 
     Rows that this cache holds, or another of the same spec under `cache_dir`, are reused, and an interrupted run goes
     on where it was. `views` are rows of each image (0 the eval transform, 1 its mirror image, then drawn
-    augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices into a
-    cache of its own, for the call without `part` to gather. `verify_content` hashes every file, also where size, times
-    and inode are as before, and proves every row: what fails is made again. Unreadable images are listed in the
-    result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends with 3.
+    augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices, the same
+    on every device, into a cache of its own, for the call without `part` to gather. `verify_content` hashes every file,
+    also where size, times and inode are as before, and proves every row: what fails is made again. Unreadable images
+    are listed in the result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command
+    line ends with 3.
     `compute` and `decode` (docs/images.md) are part of what a cache is, `engine` is not. `batch_size` None is 32, on an
     NVIDIA GPU 256. `on_engine` is given a line on what activations will take, and one on what computes, and what would
     be faster, before a first image is embedded.
@@ -210,6 +211,7 @@ def extract_features(
     if part is not None:
         if labels is not None:
             raise UsageError("--labels: a part has no labels of its own; give them to the command without --part")
+        # Not by the device's batches: parts that are made on different devices must be slices of one cut.
         manifest = take_part(manifest, part, batch_size=batch_size or config.EXTRACT_BATCH_SIZE)
     loaded = find_backbone(backbone, weights=weights)
     pick_decoder(options.spec(loaded).preprocessing)  # what cannot be loaded fails now

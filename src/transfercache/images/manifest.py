@@ -183,8 +183,8 @@ def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> M
 def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
     """Return the I-th of N slices of a manifest, for "I/N": neighbouring rows, in whole batches.
 
-    Whole batches, so that a row is embedded in the place that it has without slices, where no file is unreadable or
-    has the bytes of another. Raises UsageError for other words, DataError where a slice would be empty.
+    Where `batch_size` is the device's own, no file is unreadable and none has the bytes of another, a row is embedded
+    in the place that it has without slices. Raises UsageError for other words, DataError where a slice would be empty.
     """
     match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
     if match is None or int(match[1]) > int(match[2]):
