@@ -158,6 +158,15 @@ def test_split_rows__equal_bytes_and_groups_never_straddle(photos: Path) -> None
     assert [by_path[f"a/copy{n}.jpg"] for n in range(10)] == [by_path[f"a/{n:02d}.jpg"] for n in range(10)]
 
 
+def test_component__is_joined_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[int] = []
+    real = manifest_module.join_groups
+    monkeypatch.setattr(manifest_module, "join_groups", lambda *given: joined.append(1) or real(*given))
+    manifest = hashed(photos)
+    assert manifest.component().tolist() == manifest.component().tolist() == list(range(20))
+    assert len(joined) == 1
+
+
 def test_split_rows__a_given_split_stays_and_a_wrong_fraction_is_refused(photos: Path) -> None:
     manifest = replace(hashed(photos), has_given_split=True)
     assert split_rows(manifest, val_fraction=0.2, split_seed=0) is manifest

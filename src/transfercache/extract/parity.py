@@ -40,8 +40,10 @@ def check_parity(
     None need be where all rows of this cache were made, or found equal, by `makers`, the engine and versions of now.
     Raises CacheError, naming both, where a row's cosine with its copy in the cache is below its `MIN_COSINE`.
     """
+    if vouch(catalogue.provenance, makers):
+        return 0
     held = [key for key in wanted if key in slots.held]
-    if not held or vouch(catalogue.provenance, makers):
+    if not held:
         return 0
     made_by = [run.makers for run in catalogue.provenance if run.makers != dict(makers)]
     chosen = derive_rng(0, "parity").permutation(len(held))[:N_SAMPLED].tolist()

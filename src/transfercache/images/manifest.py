@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,13 @@ class Manifest:
 
     def component(self) -> Int64Array:
         """Return int64 [N]: rows of one group or of equal bytes share a number, that of their first row."""
-        return join_groups(self.group, self.digests)
+        return self._component
+
+    @cached_property
+    def _component(self) -> Int64Array:
+        component = join_groups(self.group, self.digests)
+        component.flags.writeable = False  # it is shared
+        return component
 
     def has_content(self, row: int, data: bytes) -> bool:
         """Whether `data` are the bytes that the digest of `row` stands for."""
