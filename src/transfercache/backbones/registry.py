@@ -10,13 +10,13 @@ from torch import nn
 
 from transfercache.backbones.architecture import Architecture, Head, LoadedWeights, find_head
 from transfercache.backbones.available import DEFAULT, RANDOM
+from transfercache.backbones.known import FrozenBackbone
 from transfercache.backbones.stages import Stage
 from transfercache.backbones.timm_adapter import LITE0, TIMM_PREFIX, lite0_architecture, timm_architecture
 from transfercache.backbones.torchvision_adapter import torchvision_architecture, torchvision_names
 from transfercache.backbones.weights import load_state, read_state, seeded, weights_digest
 from transfercache.errors import UsageError, WeightsError, did_you_mean
 from transfercache.randomness import derive_seed
-from transfercache.spec import Preprocessing
 
 _RANDOM_SEED = 0
 _RANDOM_SOURCE = {"kind": "random", "where": f"seed {_RANDOM_SEED}", "licence": "none needed"}
@@ -25,24 +25,18 @@ _RANDOM_SOURCE = {"kind": "random", "where": f"seed {_RANDOM_SEED}", "licence": 
 _NO_EMBEDDING = ("squeezenet1_0", "squeezenet1_1")
 
 
-@dataclass(frozen=True, eq=False)
-class Backbone:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Backbone(FrozenBackbone):
     """A loaded network whose head has been taken out; `network` maps float32 [B, 3, crop, crop] to float32 [B, D]."""
 
-    name: str
     network: nn.Module  # in eval mode, float32, on the CPU; nn.Identity at head_path
-    dim: int  # D
     classifier: nn.Linear | None  # what stood at head_path; None where the network or its weights bring none
     head_path: str  # dotted, such as "fc"
-    preprocessing: Preprocessing
-    weights_digest: str  # 64 hex digits
-    weights_source: dict[str, str]  # kind: default | file | random | package | hub; where; licence
     stages: tuple[Stage, ...]
-    boundary: str = "pooled"  # the input of the last nn.Linear that runs
     weights_file: Path | None = None  # what was read; None for random ones, and for those of a hub
 
     def load(self) -> Backbone:
-        """Return itself: a `known.FrozenBackbone` that is loaded."""
+        """Return itself: it is loaded."""
         return self
 
 
