@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from transfercache.backbones.architecture import Architecture, Head, LoadedWeights, find_head
+from transfercache.backbones.architecture import Architecture, LoadedWeights, find_head
 from transfercache.backbones.available import DEFAULT, RANDOM
 from transfercache.backbones.known import FrozenBackbone
 from transfercache.backbones.stages import Stage
@@ -55,18 +55,28 @@ def load_backbone(name: str, *, weights: str = DEFAULT, expected_digest: str | N
     with seeded(_RANDOM_SEED):
         network = architecture.build().eval()
     head = find_head(network, name=name, crop=architecture.preprocessing.crop)
-    loaded = _resolve(architecture, weights)
-    has_head = True
-    if loaded is not None:
-        own_names = {architecture.own_name(given): tensor for given, tensor in loaded.state.items()}
-        state = {own: tensor for own, tensor in own_names.items() if own is not None}
-        has_head = load_state(network, state, head_path=head.path, what=f"{loaded.source['where']} as {name}")
-    source, file = (_RANDOM_SOURCE, None) if loaded is None else (loaded.source, loaded.file)
-    backbone = _without_head(architecture, network, head, has_head=has_head, source=source, file=file)
+    loaded = _resolve(architecture, weights, network)
+    own_names = {architecture.own_name(given): tensor for given, tensor in loaded.state.items()}
+    state = {own: tensor for own, tensor in own_names.items() if own is not None}
+    has_head = load_state(network, state, head_path=head.path, what=f"{loaded.source['where']} as {name}")
+    taken_out = network.get_submodule(head.path)
+    network.set_submodule(head.path, nn.Identity().eval())
+    backbone = Backbone(
+        name=architecture.name,
+        network=network,
+        dim=head.dim,
+        classifier=taken_out if has_head and isinstance(taken_out, nn.Linear) else None,
+        head_path=head.path,
+        preprocessing=architecture.preprocessing,
+        weights_digest=weights_digest(network.state_dict()),
+        weights_source=dict(loaded.source),
+        stages=architecture.stages(network),
+        weights_file=loaded.file,
+    )
     if expected_digest is not None and backbone.weights_digest != expected_digest:
         raise WeightsError(
-            f"{source['where']}: these weights of {name} have the digest {backbone.weights_digest}, not the expected "
-            f"{expected_digest}; pass --weights PATH with those that were used then"
+            f"{loaded.source['where']}: these weights of {name} have the digest {backbone.weights_digest}, not the "
+            f"expected {expected_digest}; pass --weights PATH with those that were used then"
         )
     return backbone
 
@@ -110,35 +120,11 @@ def _architecture(name: str) -> Architecture:
     )
 
 
-def _resolve(architecture: Architecture, weights: str) -> LoadedWeights | None:
+def _resolve(architecture: Architecture, weights: str, network: nn.Module) -> LoadedWeights:
+    """Return the weights of these words; `network` has those that are random."""
     if weights == RANDOM:
-        return None
+        return LoadedWeights(network.state_dict(), _RANDOM_SOURCE)
     if weights == DEFAULT:
         return architecture.default_weights()
     path = Path(weights).expanduser().absolute()
     return LoadedWeights(read_state(path), {"kind": "file", "where": str(path), "licence": "not known to tlc"}, path)
-
-
-def _without_head(
-    architecture: Architecture,
-    network: nn.Module,
-    head: Head,
-    *,
-    has_head: bool,
-    source: dict[str, str],
-    file: Path | None,
-) -> Backbone:
-    taken_out = network.get_submodule(head.path)
-    network.set_submodule(head.path, nn.Identity().eval())
-    return Backbone(
-        name=architecture.name,
-        network=network,
-        dim=head.dim,
-        classifier=taken_out if has_head and isinstance(taken_out, nn.Linear) else None,
-        head_path=head.path,
-        preprocessing=architecture.preprocessing,
-        weights_digest=weights_digest(network.state_dict()),
-        weights_source=dict(source),
-        stages=architecture.stages(network),
-        weights_file=file,
-    )
