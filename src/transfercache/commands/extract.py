@@ -309,6 +309,7 @@ def extract_manifest(
             "remove the folder and run the same command again"
         )
     environment = describe_environment()
+    makers = makers_of(choice.engine, environment["versions"])
 
     def describe_run(outcome: Outcome) -> Run:
         return Run(
@@ -327,11 +328,10 @@ def extract_manifest(
 
     outcome = ExtractionRun(
         store=store,
-        embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
+        embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch, makers),
         n_views=n_views,
         batch_size=batch_size,
         prove=prove,
-        makers=makers_of(choice.engine, environment["versions"]),
         describe_run=describe_run,
     ).run()
     if len(outcome.bad) == manifest.n_rows:

@@ -52,9 +52,8 @@ class Outcome:
 class ExtractionRun:
     """Computes what a store lacks of a manifest (hashed, split, labelled), and publishes its rows.
 
-    Rows that a cache of the same spec beside it holds are copied from there. `makers` are the engine and versions of
-    now (extract/parity.py). `describe_run` makes the provenance record of a run, an interrupted one's too: its seconds
-    are part of the cost.
+    Rows that a cache of the same spec beside it holds are copied from there. `describe_run` makes the provenance record
+    of a run, an interrupted one's too: its seconds are part of the cost.
     """
 
     store: Store
@@ -62,7 +61,6 @@ class ExtractionRun:
     n_views: int
     batch_size: int
     prove: bool  # every row that the store holds; what is damaged is made again
-    makers: Mapping[str, str]
     describe_run: Callable[[Outcome], Run]
     _n_copied: int = field(default=0, init=False)
     _n_checked: int = field(default=0, init=False)
@@ -145,10 +143,8 @@ class ExtractionRun:
         return place_rows(manifest, slots, {**manifest.unreadable, **reasons}, n_views=self.n_views)
 
     def _check_parity(self, slots: Slots, plan: Plan) -> None:
-        store = self.store
-        self._n_checked += check_parity(
-            store.folder, store.catalogue, slots, self.embedder, plan.wanted, makers=self.makers
-        )
+        own = Neighbour(self.store.folder, self.store.catalogue, slots, list(plan.wanted))
+        self._n_checked += check_parity(own, self.embedder, plan.wanted)
 
     def _unfinished(self) -> list[int]:
         return [entry.number for entry in self.store.catalogue.shards if not entry.finished]
@@ -190,7 +186,6 @@ class ExtractionRun:
             self.embedder,
             {key: plan.wanted[key] for key in keys},
             dim=store.catalogue.dim,
-            makers=self.makers,
             beside=store.folder,
         )
         # The record of a check vouches for all rows of this cache: it is none where its own could not be checked.
