@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transfercache.backbones.available import DEFAULT, RANDOM, tlc_folder
-from transfercache.environment import installed_versions
+from transfercache.backbones.available import DEFAULT, RANDOM
+from transfercache.environment import installed_versions, tlc_folder
 from transfercache.errors import ResourceError, WeightsError
 from transfercache.files import sha256_file, write_atomic
 from transfercache.spec import POOLED, ExtractSpec, Preprocessing
