@@ -119,11 +119,11 @@ def test_create_shard_and_commit__order_of_what_reaches_the_disk(
     def recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: calls.append(name) or call(*args)
 
-    for name in ("posix_fallocate", "pwrite", "fsync", "fdatasync", "rename"):
+    for name in ("posix_fallocate", "pwrite", "fsync", "fdatasync", "replace"):
         monkeypatch.setattr(os, name, recorded(name, getattr(os, name)))
     entry = _create(tmp_path, extraction)
     # The plan is on the disk before it has a name, and the name before anything refers to it.
-    assert calls == ["posix_fallocate", "pwrite", "pwrite", "fsync", "rename", "fsync"]
+    assert calls == ["posix_fallocate", "pwrite", "pwrite", "fsync", "replace", "fsync"]
     calls.clear()
     with _writer(tmp_path / entry.file, entry) as writer:
         writer.write(np.arange(4), extraction.features[:4])
