@@ -180,7 +180,6 @@ class Cache:
                 path = rows.path[index[at[np.argmax(differs)]]]
                 raise CacheError(f"{shard.path}: does not hold the features of {path}; {MEND}")
             parts[number] = (at, shard.take(slots))
-            shard.release(slots)
             if not shard.is_finite[slots].all():
                 path = rows.path[index[at[np.argmin(shard.is_finite[slots])]]]
                 raise CacheError(
