@@ -230,12 +230,13 @@ def place_rows(manifest: Manifest, slots: Slots, reasons: Mapping[int, str], *, 
     row, own_view = np.nonzero(~is_bad[:, None] | (np.arange(n_views) == 0))
     # A bad row's place is the -1 that stands behind the last slot.
     at = np.where(is_bad[row], -1, index[row, own_view])
+    size, mtime_ns, ctime_ns, inode = manifest.stat[row].T
     return Rows(
         path=tuple(manifest.paths[i] for i in row.tolist()),
-        size=manifest.size[row],
-        mtime_ns=manifest.mtime_ns[row],
-        ctime_ns=manifest.ctime_ns[row],
-        inode=manifest.inode[row],
+        size=size,
+        mtime_ns=mtime_ns,
+        ctime_ns=ctime_ns,
+        inode=inode,
         digest=manifest.digests[row],
         view=own_view.astype(np.uint8),
         label=manifest.labels[row],

@@ -48,10 +48,7 @@ class Manifest:
     labels: Int64Array  # int64 [N], -1: unlabelled
     split: UInt8Array  # uint8 [N], of splits.Split
     class_names: tuple[str, ...]  # sorted; a label is an index into it
-    size: Int64Array  # int64 [N], bytes
-    mtime_ns: Int64Array  # int64 [N]
-    ctime_ns: Int64Array  # int64 [N]
-    inode: Int64Array  # int64 [N]
+    stat: Int64Array  # int64 [N, 4]: size in bytes, mtime_ns, ctime_ns, inode
     group: Int64Array  # int64 [N], -1: the data names none
     digests: UInt8Array  # uint8 [N, 32], SHA-256 of the file's bytes; zeros: unknown
     unreadable: Mapping[int, str]  # row -> reason
@@ -60,11 +57,11 @@ class Manifest:
 
     def __post_init__(self) -> None:
         n_rows = len(self.paths)
-        for name in ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group"):
+        for name in ("labels", "split", "group"):
             if getattr(self, name).shape != (n_rows,):
                 raise ValueError(f"{name} must have one entry for each of the {n_rows} paths")
-        if self.digests.shape != (n_rows, 32):
-            raise ValueError(f"digests must be uint8 [{n_rows}, 32]")
+        if self.stat.shape != (n_rows, 4) or self.digests.shape != (n_rows, 32):
+            raise ValueError(f"stat must be int64 [{n_rows}, 4], and digests must be uint8 [{n_rows}, 32]")
         if n_rows and not (self.labels.min() >= -1 and self.labels.max() < len(self.class_names)):
             raise ValueError("labels must index class_names, or be -1")
         if n_rows and self.split.max() > max(Split):
@@ -85,7 +82,7 @@ class Manifest:
         """Return the manifest of these rows (a mask, or indices in the wanted order), with the same classes."""
         index = np.arange(self.n_rows)[rows]
         reasons = ((new, self.unreadable.get(old)) for new, old in enumerate(index.tolist()))
-        arrays = ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group", "digests")
+        arrays = ("labels", "split", "stat", "group", "digests")
         return replace(
             self,
             paths=tuple(self.paths[row] for row in index.tolist()),
@@ -123,14 +120,15 @@ def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns
     read joins `unreadable`.
     """
     digests = np.zeros((manifest.n_rows, 32), dtype=np.uint8)
-    young = manifest.mtime_ns > scanned_ns - _YOUNG_NS
-    stats = np.stack([manifest.size, manifest.mtime_ns, manifest.ctime_ns, manifest.inode], axis=1).tolist()
+    stat = manifest.stat.copy()
+    stat[stat[:, 1] > scanned_ns - _YOUNG_NS, 1] = _UNTRUSTED_MTIME
+    stats = stat.tolist()
     to_read: list[int] = []
     for row, path in enumerate(manifest.paths):
         record = known.get(path)
         if row in manifest.unreadable:
             continue
-        if record is not None and not young[row] and list(record[:4]) == stats[row]:
+        if record is not None and record[1] != _UNTRUSTED_MTIME and list(record[:4]) == stats[row]:
             digests[row] = np.frombuffer(record[4], dtype=np.uint8)
         else:
             to_read.append(row)
@@ -140,8 +138,7 @@ def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns
             unreadable[row] = reason
         else:
             digests[row] = np.frombuffer(digest, dtype=np.uint8)
-    mtime_ns = np.where(young, _UNTRUSTED_MTIME, manifest.mtime_ns)
-    return replace(manifest, digests=digests, mtime_ns=mtime_ns, unreadable=unreadable)
+    return replace(manifest, digests=digests, stat=stat, unreadable=unreadable)
 
 
 def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, str]]:
