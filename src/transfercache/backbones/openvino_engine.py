@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 class OpenvinoEngine:
     """A converted network on the CPU; its features in fp32 are those of `EagerEngine` within 1e-4 of the largest."""
 
-    name = OPENVINO
-
     def __init__(self, backbone: FrozenBackbone, *, compute: str = "fp32") -> None:
         """Open the kept conversion of this network, or convert it.
 
