@@ -224,13 +224,9 @@ class ShardWriter:
         with resource_errors(self._path):
             getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has no fdatasync
 
-    def valid(self) -> BoolArray:
-        """Return which slots hold a row that its checksum proves, bool [n]."""
-        return self._reader.valid()
-
     def clear_torn(self) -> BoolArray:
         """Mark every slot whose row fails its checksum as never written, commit, and return the valid ones."""
-        valid = self.valid()
+        valid = self._reader.valid()
         torn = np.flatnonzero(self._reader.written() & ~valid)
         self._write_rows(self._entry.checksums, torn, np.full(len(torn), NEVER_WRITTEN, np.uint64))
         self.commit()
