@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from transfercache.classes import check_classes
 from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
+from transfercache.images.ahead import run_ahead
 from transfercache.splits import Split, complete_split, join_groups
 
 Int64Array = npt.NDArray[np.int64]
@@ -148,16 +149,14 @@ def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, 
     def digest_block(block: list[int]) -> list[tuple[int, bytes, str]]:
         return [(row, *_digest_file(os.path.join(root, manifest.paths[row]))) for row in block]
 
-    # Blocks of rows, because a million futures would take more memory than the manifest.
+    # Blocks of rows, because handing each over would take longer than hashing a small file.
     blocks = [rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK)]
-    pool = ThreadPoolExecutor(max_workers=n_cores())
-    try:
-        with tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None) as progress:
-            for done in pool.map(digest_block, blocks):
-                yield from done
-                progress.update(len(done))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the blocks in hand
+    progress = tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None)
+    # Closing: Ctrl-C ends after the blocks in hand.
+    with progress, closing(run_ahead(blocks, digest_block, workers=n_cores(), window=2 * n_cores())) as ahead:
+        for block, digested in ahead:
+            yield from digested.result()
+            progress.update(len(block))
 
 
 def _digest_file(path: str) -> tuple[bytes, str]:
