@@ -17,7 +17,7 @@ from transfercache.cache.reader import open_cache
 from transfercache.cache.rows import BAD, OK, Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.slots import row_keys
-from transfercache.cache.store import LABELS, LOCK, REPLACEABLE
+from transfercache.cache.store import LABELS, LOCK, REPLACEABLE, leftovers
 from transfercache.errors import CacheError, ResourceError
 
 _TAG = "CACHEDIR.TAG"
@@ -70,9 +70,7 @@ class Contents:
         """What a crash left: tlc's files that the catalogue does not name."""
         if self.catalogue is None:
             return ()
-        in_force = {entry.file for entry in self.catalogue.shards}
-        in_force |= {self.catalogue.rows.file} if self.catalogue.rows else set()
-        return tuple(name for name in self.sizes if REPLACEABLE.fullmatch(name) and name not in in_force)
+        return tuple(leftovers(self.catalogue, self.sizes))
 
     @property
     def partial(self) -> list[ShardEntry]:

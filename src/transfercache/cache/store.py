@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -307,9 +307,14 @@ class Store:
         return not self._leftovers()
 
     def _leftovers(self) -> list[Path]:
-        in_force = {entry.file for entry in self.catalogue.shards} | {getattr(self.catalogue.rows, "file", "")}
-        ours = (path for path in self.folder.iterdir() if REPLACEABLE.fullmatch(path.name))
-        return [path for path in ours if path.name not in in_force and not path.is_dir()]
+        paths = map(self.folder.joinpath, leftovers(self.catalogue, os.listdir(self.folder)))
+        return [path for path in paths if not path.is_dir()]
+
+
+def leftovers(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
+    """Return those of a folder's names that a crash left: what a writer makes, and the catalogue does not name."""
+    in_force = {entry.file for entry in catalogue.shards} | {getattr(catalogue.rows, "file", "")}
+    return [name for name in names if REPLACEABLE.fullmatch(name) and name not in in_force]
 
 
 def _rows_entry(data: bytes) -> RowsEntry:
