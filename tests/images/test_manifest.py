@@ -264,6 +264,13 @@ def test_check_trainable__unreadable_rows_do_not_count() -> None:
         check_trainable(manifest)
 
 
+def test_rows_digest__is_the_same_for_ever() -> None:
+    # Kept results and checkpoints are found by it.
+    manifest = make_manifest(both(0) + both(1), ("a", "b"))
+    assert manifest.rows_digest() == "b8cf86be29c8796f53b453033b4672b8572c96251a7f846dfb58eac033756695"
+    assert manifest.subset(np.arange(11, -1, -1)).rows_digest() != manifest.rows_digest()
+
+
 def test_manifest__subset_in_the_given_order() -> None:
     manifest = replace(make_manifest(both(0) + both(1), ("a", "b")), unreadable={6: "gone"})
     part = manifest.subset(np.array([11, 6, 0]))

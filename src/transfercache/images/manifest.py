@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -100,6 +101,13 @@ class Manifest:
         component = join_groups(self.group, self.digests)
         component.flags.writeable = False  # it is shared
         return component
+
+    def rows_digest(self) -> str:
+        """Return 64 hex digits that change with any row's content, label, split or group, and with their order."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for array in (self.digests, self.labels, self.split, self.component()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def has_content(self, row: int, data: bytes) -> bool:
         """Whether `data` are the bytes that the digest of `row` stands for."""
