@@ -14,7 +14,7 @@ import numpy as np
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, ShardEntry, read_catalogue
 from transfercache.cache.plain_file import opened_plain
 from transfercache.cache.reader import open_cache
-from transfercache.cache.rows import BAD, OK, Rows
+from transfercache.cache.rows import OK, Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.slots import row_keys
 from transfercache.cache.store import LABELS, LOCK, REPLACEABLE, leftovers
@@ -100,9 +100,9 @@ class Contents:
         runs = catalogue.provenance if catalogue else ()
         return Summary(
             cache=self.folder,
-            images=None if rows is None else int(np.sum(rows.view == 0)),
-            views=None if rows is None else len(np.unique(rows.view)),
-            bad=None if rows is None else int(np.sum(rows.status == BAD)),  # a bad image has one entry
+            images=None if rows is None else rows.n_images,
+            views=None if rows is None else rows.n_views,
+            bad=None if rows is None else len(rows.bad),
             bytes=self.bytes,
             unused=self.unused,
             finished=catalogue.rows is not None if catalogue else None,

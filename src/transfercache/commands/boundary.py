@@ -10,7 +10,6 @@ import numpy as np
 from transfercache.backbones.choice import Choice
 from transfercache.backbones.cut import frozen_part
 from transfercache.backbones.registry import Backbone
-from transfercache.cache.rows import BAD
 from transfercache.commands.extract import Extraction, extract_manifest
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.errors import CacheError
@@ -49,5 +48,4 @@ def cache_activations(
     rows = cache.rows
     if not np.array_equal(rows.digest[rows.view == 0], manifest.digests):
         raise CacheError(f"{cache.folder}: another run has changed its rows meanwhile; run the same command again")
-    bad = {int(rows.row[i]): rows.reason[i] for i in np.flatnonzero(rows.status == BAD)}
-    return extraction, Activations(stage, cache.stored_table(), bad)
+    return extraction, Activations(stage, cache.stored_table(), rows.bad)

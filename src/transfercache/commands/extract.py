@@ -371,7 +371,7 @@ def _n_views(store: Store, *, mend: bool) -> int:
         logger.warning("it is written again: %s", error)
         shards = {entry.number for entry in store.catalogue.shards}
         return int(store.slots(prove=shards).view.max(initial=0)) + 1
-    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
+    return config.VIEWS if rows is None else rows.n_views
 
 
 def _new_store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:

@@ -184,7 +184,7 @@ class LoadedModel:
             difference = _difference(cache.spec, head.spec)
             raise CacheError(f"{folder}: not of the spec that {self.path} was trained on ({difference})")
         rows = cache.rows
-        if int(rows.view.max(initial=0)) + 1 < n_views:
+        if rows.n_views < n_views:
             raise UsageError(
                 f"--tta: {folder} has one view an image; run its extract-features with --views 2, or give the images"
             )

@@ -91,7 +91,7 @@ class ExtractionRun:
         if not is_same and not store.has_published(rows, **self._names()):
             return None
         self._check_parity(slots, plan)
-        outcome = Outcome(0, plan.n_held, self._n_checked, _bad(rows))
+        outcome = Outcome(0, plan.n_held, self._n_checked, rows.bad)
         if self._n_checked:
             # On a read-only disk, or beside a writer, the next run checks again.
             with suppress(ResourceError), store.writing():
@@ -113,7 +113,7 @@ class ExtractionRun:
                         store.finish_shard(shard)
                 after = store.slots(prove=before.damaged)
                 rows = self._rows(after, reasons)
-                outcome = self._outcome(plan, before, after, bad=_bad(rows))
+                outcome = self._outcome(plan, before, after, bad=rows.bad)
                 run = self.describe_run(outcome)
                 if not store.publish(rows, run=run, **self._names()) and self._n_checked:
                     store.record(run)
@@ -254,7 +254,3 @@ def _known_bad(manifest: Manifest, published: Rows) -> dict[int, str]:
     bad = {published.digest[i].tobytes(): published.reason[i] for i in np.flatnonzero(published.status == BAD)}
     found = ((row, bad.get(digest.tobytes())) for row, digest in enumerate(manifest.digests))
     return {row: reason for row, reason in found if reason is not None}
-
-
-def _bad(rows: Rows) -> dict[int, str]:
-    return {int(rows.row[i]): rows.reason[i] for i in np.flatnonzero(rows.status == BAD)}
