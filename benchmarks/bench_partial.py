@@ -30,6 +30,7 @@ from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.cut import cut_after, stage_end
 from transfercache.backbones.registry import Backbone, load_backbone, network_with_head
 from transfercache.commands.boundary import cache_activations
+from transfercache.commands.extract import Extractor
 from transfercache.commands.inputs import EmbedOptions
 from transfercache.environment import describe_environment
 from transfercache.finetuning.activations import Activations, boundary_before
@@ -89,15 +90,8 @@ def main(given: argparse.Namespace) -> None:
     last = FinetuneOptions(unfreeze=backbone.stages[-1].name, augment="none")
     with tempfile.TemporaryDirectory() as folder:
         manifest = read_training(make_photos(Path(folder) / "images", given.images, source=given.photographs))
-        extraction, activations = cache_activations(
-            manifest,
-            backbone,
-            boundary_before(backbone, last),
-            cache_dir=Path(folder) / "cache",
-            options=EmbedOptions(),
-            choice=choose_engine(device="cpu"),
-            hash_seconds=0.0,
-        )
+        extractor = Extractor(manifest, Path(folder) / "cache", EmbedOptions(), choose_engine(device="cpu"), 0.0)
+        extraction, activations = cache_activations(extractor, backbone, boundary_before(backbone, last))
         made = {"seconds": round(extraction.record["seconds"], 2), "engine": extraction.engine}
         by_compute = {
             compute: measure(manifest, backbone, activations, compute=compute, repeats=given.repeats)

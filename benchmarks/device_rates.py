@@ -166,7 +166,7 @@ def engine_rates(
     """Return images a second of `embed`, from uint8 in host memory to features there, and what the first batch took."""
     engines, first = {}, {}
     for variant in variants(device, computes)[0]:
-        engine = EagerEngine(backbone, device, compute=variant.compute, name=variant.how)
+        engine = EagerEngine(backbone, device, compute=variant.compute, is_compiled=variant.how == COMPILE)
         engines[variant.name] = engine
         first[variant.name] = timed(lambda engine=engine: engine.embed(pixels))
     n_batches = max(IMAGES // len(pixels), 1) if device.type == "cuda" else 1

@@ -70,11 +70,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'transfercache' has no attribute {name!r}")
-    # `finetune` and `compare` are folders too, and importing one of those binds it here under its own name; so the
-    # function is bound, over the folder, as soon as its home has been imported.
-    value = getattr(import_module(f"transfercache.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"transfercache.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

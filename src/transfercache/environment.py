@@ -1,4 +1,4 @@
-"""What a measurement was taken on: the processor, its vector units, and the versions that matter. Torch-free."""
+"""What tlc runs on: the processor, its vector units, the versions that matter, and the user's folder. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 _PACKAGES = (
     "torch",
@@ -53,6 +55,11 @@ def processor_flags() -> set[str]:
 def n_cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def tlc_folder() -> Path:
+    """Return the user's folder (`XDG_CACHE_HOME`) of what is kept to be faster, which can be removed at any time."""
+    return platformdirs.user_cache_path("transfercache")
 
 
 def _machine() -> dict[str, Any]:

@@ -11,6 +11,7 @@ TlcError                1  a bug in tlc, unless a subclass says otherwise
   WeightsError          5  weights: not there, of another architecture, digest wrong
     DownloadError          a download: unreachable, or its digest is wrong
   ResourceError         6  disk full, no permission, out of memory, a missing extra or device
+    OutOfMemoryError       a batch of images does not fit into the device's memory
     LockedError            another writer is at work
   Terminated          143  SIGTERM, as batch systems send it
 """

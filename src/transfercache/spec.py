@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from transfercache import config
+from transfercache.strict_json import each, take
 
 SCHEMA_VERSION = 1
 
@@ -98,10 +99,10 @@ class ExtractSpec:
     @classmethod
     def from_json(cls, value: Any) -> ExtractSpec:
         """Build a spec from untrusted JSON; raises ValueError naming the first field that is wrong."""
-        values = _checked_fields(cls, value)
-        preprocessing = _checked_fields(Preprocessing, values["preprocessing"])
+        values = take(value, "ExtractSpec", _SPEC_TYPES)
+        preprocessing = take(values["preprocessing"], "Preprocessing", _PREPROCESSING_TYPES)
         for name in ("mean", "std"):
-            preprocessing[name] = tuple(_numbers(preprocessing[name], name))
+            preprocessing[name] = tuple(map(float, each(preprocessing[name], (int, float), name)))
         return cls(**{**values, "preprocessing": Preprocessing(**preprocessing)})
 
 
@@ -110,23 +111,14 @@ def stage_boundary(stage: str, shape: tuple[int, ...]) -> str:
     return f"{stage} {'x'.join(map(str, shape))}"
 
 
-_JSON_TYPES: dict[str, type] = {"str": str, "int": int, "bool": bool}
-
-
-def _checked_fields(cls: type, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{cls.__name__} must be a JSON object")
-    expected = {field.name: str(field.type) for field in fields(cls)}
-    if set(value) != set(expected):
-        raise ValueError(f"{cls.__name__} has the fields {sorted(value)}, expected {sorted(expected)}")
-    for name, type_name in expected.items():
-        kind = _JSON_TYPES.get(type_name)
-        if kind is not None and type(value[name]) is not kind:
-            raise ValueError(f"{cls.__name__}.{name} must be of type {type_name}")
-    return dict(value)
-
-
-def _numbers(value: Any, name: str) -> list[float]:
-    if not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
-        raise ValueError(f"{name} must be a list of numbers")
-    return [float(item) for item in value]
+_SPEC_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("backbone", "weights_digest", "boundary", "compute", "storage_dtype", "view_policy"), str),
+    "preprocessing": dict,
+    "schema_version": int,
+}
+_PREPROCESSING_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("resize", "crop"), int),
+    **dict.fromkeys(("interpolation", "colour", "exif", "decoder"), str),
+    **dict.fromkeys(("mean", "std"), (list, tuple)),
+    "antialias": bool,
+}

@@ -48,8 +48,9 @@ def take(value: Any, what: str, expected: Mapping[str, type | tuple[type, ...]])
     return dict(value)
 
 
-def each(values: list[Any], kind: type, what: str) -> list[Any]:
-    """Return `values`, all of which must be of this very type."""
-    if not all(type(value) is kind for value in values):
-        raise ValueError(f"{what} must hold {kind.__name__} values alone")
+def each(values: list[Any], kind: type | tuple[type, ...], what: str) -> list[Any]:
+    """Return `values`, all of which must be of this very type, or of one of these."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not all(type(value) in kinds for value in values):
+        raise ValueError(f"{what} must hold {' or '.join(one.__name__ for one in kinds)} values alone")
     return values

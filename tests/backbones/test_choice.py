@@ -135,7 +135,6 @@ def test_batch_size__is_that_of_the_device(device: torch.device, expected: int) 
 
 
 def test_build__makes_the_engine_of_that_name(resnet18: Backbone) -> None:
-    eager = choose_engine("eager", device="cpu").build(resnet18)
-    assert (type(eager), eager.name) == (EagerEngine, "eager")
+    assert type(choose_engine("eager", device="cpu").build(resnet18)) is EagerEngine
     if is_openvino_installed():
-        assert choose_engine("openvino", device="cpu").build(resnet18).name == "openvino"
+        assert type(choose_engine("openvino", device="cpu").build(resnet18)).__name__ == "OpenvinoEngine"

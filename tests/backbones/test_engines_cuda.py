@@ -70,7 +70,7 @@ def test_half_precision__is_near_that_of_the_cpu(
 def test_compile__is_that_of_eager(
     resnet18: Backbone, cuda: torch.device, pixels: np.ndarray, expected: np.ndarray
 ) -> None:
-    features = EagerEngine(resnet18, cuda, name="compile").embed(pixels)
+    features = EagerEngine(resnet18, cuda, is_compiled=True).embed(pixels)
     assert relative_error(features, expected) < 1e-4
 
 

@@ -84,13 +84,6 @@ def test_find_or_create__torn_catalogue(tmp_path: Path, extraction: Any, tamper:
         extraction.store(tmp_path)
 
 
-def test_find_or_create__another_width(tmp_path: Path, extraction: Any) -> None:
-    extraction.store(tmp_path)
-    extraction.canaries = np.zeros((4, 7), np.float32)
-    with pytest.raises(CacheError, match="its rows are 6 wide, this backbone's 7; remove the folder"):
-        extraction.store(tmp_path)
-
-
 def test_find_or_create__folder_cannot_be_made(tmp_path: Path, extraction: Any) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises((ResourceError, NotADirectoryError)):

@@ -19,10 +19,10 @@ from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import load_backbone
-from transfercache.cache.store import Store
+from transfercache.cache.store import Store, find_or_create
 from transfercache.commands import extract as extract_module
 from transfercache.commands.extract import Extraction, extract_features
-from transfercache.commands.inputs import known_files
+from transfercache.commands.inputs import EmbedOptions, known_files
 from transfercache.commands.train import train_head
 from transfercache.environment import describe_environment
 from transfercache.errors import CacheError, DataError, LockedError, UsageError
@@ -163,6 +163,22 @@ def test_cache_dir__from_the_environment(pets: Path, tmp_path: Path, monkeypatch
     monkeypatch.setenv("TRANSFERCACHE_DIR", str(tmp_path / "elsewhere"))
     result = extract_features(pets, backbone="mobilenet_v3_small", weights="random")
     assert result.cache.parent == tmp_path / "elsewhere"
+
+
+def test_cache_of_another_width__is_refused(pets: Path, tmp_path: Path) -> None:
+    backbone = load_backbone("mobilenet_v3_small", weights="random")
+    made = find_or_create(
+        tmp_path / "cache",
+        data_name="pets",
+        data_root=pets,
+        spec=EmbedOptions().spec(backbone),
+        canaries=np.zeros((4, 7), np.float32),
+    )
+    with pytest.raises(CacheError) as refused:
+        extract_features(pets, **SMALL, cache_dir=tmp_path / "cache")
+    assert str(refused.value) == (
+        f"{made.folder}: its rows are 7 wide, this backbone's 1024; remove the folder and run the same command again"
+    )
 
 
 def test_on_bad__says_so_unless_that_was_accepted(pets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -82,7 +82,7 @@ class Extractor:
 
         self.before_decoding()
         makers = {"engine": engine.name, **self.versions}
-        embedder = Embedder(manifest, store.catalogue.spec, lambda: engine, 2, Stopwatch())
+        embedder = Embedder(manifest, store.catalogue.spec, lambda: engine, 2, Stopwatch(), makers)
 
         def describe_run(outcome: Outcome) -> Run:
             return Run(
@@ -100,7 +100,7 @@ class Extractor:
                 versions=dict(self.versions),
             )
 
-        return ExtractionRun(store, embedder, self.n_views, BATCH_SIZE, self.prove, makers, describe_run).run()
+        return ExtractionRun(store, embedder, self.n_views, BATCH_SIZE, self.prove, describe_run).run()
 
     def features(self) -> dict[str, np.ndarray]:
         """Path -> what the cache serves."""

@@ -37,7 +37,7 @@ def test_plan__of_an_empty_cache__is_every_content_once(photos: Path) -> None:
     plan = plan_extraction(manifest, _slots(manifest, [], shard=[], valid=[]), unfinished=[], n_views=1)
     assert plan.pending == {NEW_SHARD: [PendingView(slot=i, row=i) for i in range(9)]}
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[:9])
-    assert (plan.n_held, plan.n_pending) == (0, 9)
+    assert (plan.n_held, len(list(plan.items()))) == (0, 9)
 
 
 def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> None:
@@ -50,14 +50,14 @@ def test_plan__keeps_the_slots_that_an_interrupted_run_planned(photos: Path) -> 
         NEW_SHARD: [PendingView(slot=i, row=row) for i, row in enumerate([0, 4, 5, 6, 8, 9])],
     }
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[[0, 4, 5, 6, 8, 9]])
-    assert (plan.n_pending, plan.n_held) == (8, 2)
+    assert (len(list(plan.items())), plan.n_held) == (8, 2)
 
 
 def test_plan__of_a_full_cache__is_nothing(photos: Path) -> None:
     manifest = _manifest(photos)
     slots = _slots(manifest, list(range(10)), shard=[0] * 10, valid=[True] * 10)
     plan = plan_extraction(manifest, slots, unfinished=[], n_views=1)
-    assert (plan.pending, plan.n_pending, plan.n_held) == ({}, 0, 10)
+    assert (plan.pending, plan.n_held) == ({}, 10)
     assert plan.new_digests.shape == (0, 32)
 
 
@@ -76,14 +76,14 @@ def test_plan__of_more_views__is_what_each_content_lacks(photos: Path) -> None:
     assert plan.pending == {NEW_SHARD: [PendingView(slot, row, view) for slot, (row, view) in enumerate(views)]}
     np.testing.assert_array_equal(plan.new_digests, manifest.digests[[row for row, _ in views]])
     assert plan.new_views.tolist() == [view for _, view in views]
-    assert (plan.n_pending, plan.n_held) == (28, 2)
+    assert (len(list(plan.items())), plan.n_held) == (28, 2)
 
 
 def test_plan__a_thousand_copies_of_each_image_and_no_more(photos: Path) -> None:
     manifest = _manifest(photos)
     empty = _slots(manifest, [], shard=[], valid=[])
     thousand = manifest.subset(np.repeat([0, 1], 1000))
-    assert plan_extraction(thousand, empty, unfinished=[], n_views=2).n_pending == 4
+    assert len(list(plan_extraction(thousand, empty, unfinished=[], n_views=2).items())) == 4
     message = "2001 images are copies of 2 different ones, more than 1000 of each; remove some copies"
     with pytest.raises(DataError, match=message):
         plan_extraction(manifest.subset(np.repeat([0, 1], [1000, 1001])), empty, unfinished=[], n_views=2)

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from transfercache.cache import slots as slots_module
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.cache.upkeep import prune
 from transfercache.cache.verify import verify_folder
 from transfercache.errors import CacheError, ResourceError
+from transfercache.extract import run as run_module
 from transfercache.spec import ExtractSpec
 
 Draw = Callable[[Path, int], None]
@@ -294,6 +296,33 @@ def test_prove__damaged_rows_alone_are_computed_again(extractor: Any) -> None:
     assert [entry.number for entry in Store(extractor.folder).catalogue.shards] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["replace_shards", "_tidy"])
+def test_prove__interrupted_once_it_is_on_record__is_recorded_once(
+    extractor: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    extractor.run()
+    (entry,) = Store(extractor.folder).catalogue.shards
+    _damage(extractor.folder / entry.file, entry.features.offset + 2 * 24)
+    publish = Store.publish
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def publish_and_be_interrupted(store: Store, *words: Any, **options: Any) -> bool:
+        monkeypatch.setattr(Store, "_tidy", interrupted)
+        return publish(store, *words, **options)
+
+    extractor.prove = True
+    with monkeypatch.context() as monkeypatch:
+        if name == "_tidy":  # the last that publishing does
+            monkeypatch.setattr(Store, "publish", publish_and_be_interrupted)
+        else:
+            monkeypatch.setattr(run_module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extractor.run()
+    assert [run.computed for run in read_catalogue(extractor.folder).provenance] == [10, 1]
+
+
 def _truncate(path: Path) -> None:
     data = path.read_bytes()
     path.unlink()
@@ -332,6 +361,24 @@ def test_prove__a_damaged_shard_is_replaced(extractor: Any, damage: Callable[[Pa
     before_again = sorted(path.name for path in extractor.folder.iterdir())
     assert extractor.run().reused == 10
     assert sorted(path.name for path in extractor.folder.iterdir()) == before_again
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_prove__reads_each_whole_shard_once(
+    extractor: Any, make_engine: Any, draw: Draw, monkeypatch: pytest.MonkeyPatch, is_interrupted: bool
+) -> None:
+    extractor.run()
+    draw(extractor.data / "dog/new.png", 100)
+    hashed: list[str] = []
+    real = slots_module.shard_digest
+    monkeypatch.setattr(slots_module, "shard_digest", lambda path, entry: hashed.append(path.name) or real(path, entry))
+    extractor.prove = True
+    if is_interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            extractor.run(make_engine(fails_at=0))
+    else:
+        assert extractor.run().computed == 1
+    assert hashed == ["shard-00000.h5"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "gone"])

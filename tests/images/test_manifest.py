@@ -38,10 +38,8 @@ def hashed(folder: Path) -> Manifest:
 
 
 def known_files(manifest: Manifest) -> dict[str, KnownFile]:
-    columns = (manifest.size, manifest.mtime_ns, manifest.ctime_ns, manifest.inode)
     return {
-        path: (*(int(column[row]) for column in columns), manifest.digests[row].tobytes())
-        for row, path in enumerate(manifest.paths)
+        path: (*manifest.stat[row].tolist(), manifest.digests[row].tobytes()) for row, path in enumerate(manifest.paths)
     }
 
 
@@ -113,7 +111,7 @@ def test_hash_files__young_files_are_read_now_and_next_time(photos: Path, files_
     make_old(photos / "a" / "00.jpg", seconds=1.5)
     scanned_ns = time.time_ns()
     first = hash_files(read_source(photos), known={}, scanned_ns=scanned_ns)
-    assert first.mtime_ns[0] == -1
+    assert first.stat[0, 1] == -1
     files_read.clear()
     # A record made while the file was young does not vouch for it even once it is old: it may have changed within
     # the same tick of the clock, after it was hashed.
@@ -158,6 +156,15 @@ def test_split_rows__equal_bytes_and_groups_never_straddle(photos: Path) -> None
     assert [by_path[f"a/copy{n}.jpg"] for n in range(10)] == [by_path[f"a/{n:02d}.jpg"] for n in range(10)]
 
 
+def test_component__is_joined_once(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[int] = []
+    real = manifest_module.join_groups
+    monkeypatch.setattr(manifest_module, "join_groups", lambda *given: joined.append(1) or real(*given))
+    manifest = hashed(photos)
+    assert manifest.component().tolist() == manifest.component().tolist() == list(range(20))
+    assert len(joined) == 1
+
+
 def test_split_rows__a_given_split_stays_and_a_wrong_fraction_is_refused(photos: Path) -> None:
     manifest = replace(hashed(photos), has_given_split=True)
     assert split_rows(manifest, val_fraction=0.2, split_seed=0) is manifest
@@ -172,7 +179,6 @@ def make_manifest(
     n_rows = len(rows)
     digests = np.zeros((n_rows, 32), dtype=np.uint8)
     digests[:, 0] = np.arange(1, n_rows + 1)
-    zeros = np.zeros(n_rows, dtype=np.int64)
     return Manifest(
         name="data",
         root=Path("/data"),
@@ -180,10 +186,7 @@ def make_manifest(
         labels=np.array([label for label, _ in rows], dtype=np.int64),
         split=np.array([split for _, split in rows], dtype=np.uint8),
         class_names=class_names,
-        size=zeros,
-        mtime_ns=zeros,
-        ctime_ns=zeros,
-        inode=zeros,
+        stat=np.zeros((n_rows, 4), dtype=np.int64),
         group=np.array(groups or [-1] * n_rows, dtype=np.int64),
         digests=digests,
         unreadable={},
@@ -261,6 +264,13 @@ def test_check_trainable__unreadable_rows_do_not_count() -> None:
         check_trainable(manifest)
 
 
+def test_rows_digest__is_the_same_for_ever() -> None:
+    # Kept results and checkpoints are found by it.
+    manifest = make_manifest(both(0) + both(1), ("a", "b"))
+    assert manifest.rows_digest() == "b8cf86be29c8796f53b453033b4672b8572c96251a7f846dfb58eac033756695"
+    assert manifest.subset(np.arange(11, -1, -1)).rows_digest() != manifest.rows_digest()
+
+
 def test_manifest__subset_in_the_given_order() -> None:
     manifest = replace(make_manifest(both(0) + both(1), ("a", "b")), unreadable={6: "gone"})
     part = manifest.subset(np.array([11, 6, 0]))
@@ -280,6 +290,7 @@ def test_manifest__subset_in_the_given_order() -> None:
         ({"labels": np.full(12, -2)}, "labels must index class_names"),
         ({"split": np.full(12, 4, dtype=np.uint8)}, "split must hold codes"),
         ({"digests": np.zeros((12, 31), dtype=np.uint8)}, "digests must be"),
+        ({"stat": np.zeros((12, 3), dtype=np.int64)}, "stat must be"),
         ({"unreadable": {12: "x"}}, "unreadable must name rows"),
     ],
 )

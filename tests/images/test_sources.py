@@ -47,8 +47,7 @@ def test_read_source__records_the_status_of_each_file(photos: Path, write_image:
     images_in(photos, write_image, "a/1.jpg", "b/2.jpg")
     manifest = read_source(photos)
     status = os.stat(photos / "b/2.jpg")
-    recorded = [manifest.size[1], manifest.mtime_ns[1], manifest.ctime_ns[1], manifest.inode[1]]
-    assert recorded == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    assert manifest.stat[1].tolist() == [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def test_read_source__given_splits_share_their_classes(photos: Path, write_image: Write) -> None:
@@ -303,7 +302,7 @@ def test_read_source__csv_paths_may_lead_outside(csv_path: Path, tmp_path: Path,
     manifest = read_source(csv_path)
     assert manifest.paths == (str(outside), "../other/5.jpg")
     assert manifest.path_of(0) == outside
-    assert manifest.size[0] == manifest.size[1] == outside.stat().st_size
+    assert manifest.stat[:, 0].tolist() == [outside.stat().st_size] * 2
 
 
 @pytest.mark.parametrize(
@@ -324,6 +323,7 @@ def test_read_source__csv_paths_may_lead_outside(csv_path: Path, tmp_path: Path,
             r"line 2 labels '1\.jpg' 'a' and line 4 'b'; an image has one label",
         ),
         ("path,label\n", r"no row below the header"),
+        ("path\n1.jpg\n4\0.jpg\n", r"line 3: '4\\x00\.jpg' holds a zero byte, as no path does; correct it"),
     ],
 )
 def test_read_source__csv_that_is_wrong(csv_path: Path, text: str, message: str) -> None:
@@ -395,7 +395,7 @@ def test_read_source__scan_of_many_files_takes_one_status_each(
     manifest = read_source(photos)
     assert manifest.n_rows == 40
     assert len(calls) < 10  # the folders; a file's own status comes from the directory entry
-    np.testing.assert_array_equal(manifest.size > 0, np.ones(40, dtype=bool))
+    np.testing.assert_array_equal(manifest.stat[:, 0] > 0, np.ones(40, dtype=bool))
 
 
 @pytest.mark.real

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,44 +55,31 @@ def find_head(network: nn.Module, *, name: str, crop: int) -> Head:
     One pass is traced on the meta device: no arithmetic, no memory. A network with no such layer but with an
     nn.Identity in its place (timm's num_classes=0) has its head there. Raises UsageError for any other network.
     """
-    ran: dict[type[nn.Module], tuple[str, torch.Tensor]] = {}
-    last_layer: list[str] = []
-    with _traced(network, ran, last_layer):
+    ran: dict[type[nn.Module], tuple[str, torch.Tensor]] = {}  # the last of each type
+    with_weights: list[str] = []  # types of layers
+
+    def note(path: str, module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        kind = nn.Linear if isinstance(module, nn.Linear) else type(module)
+        ran[kind] = (path, output)
+        if next(module.parameters(), None) is not None:
+            with_weights.append(kind.__name__)
+
+    with ExitStack() as hooks:
+        for path, module in network.named_modules():
+            # The leaves: nn.MultiheadAttention holds an nn.Linear that never runs as a module, which hooks do not see.
+            if next(module.children(), None) is None:
+                hooks.enter_context(module.register_forward_hook(partial(note, path)))
         output = meta_output(network, crop)
     for kind in (nn.Linear, nn.Identity):
         path, produced = ran.get(kind, ("", None))
         if produced is output and output.ndim == 2:
             module = network.get_submodule(path)
             return Head(path, module.in_features if isinstance(module, nn.Linear) else output.shape[1])
-    ending = "a convolution" if last_layer[-1] == "Conv2d" else f"a layer of type {last_layer[-1]}"
+    ending = "a convolution" if with_weights[-1] == "Conv2d" else f"a layer of type {with_weights[-1]}"
     raise UsageError(
         f"{name} ends in {ending}, not in one nn.Linear, so it has no embedding for a linear head; "
         "choose another backbone, for instance resnet18"
     )
-
-
-@contextmanager
-def _traced(
-    network: nn.Module, ran: dict[type[nn.Module], tuple[str, torch.Tensor]], last_layer: list[str]
-) -> Iterator[None]:
-    """Note the last nn.Linear and the last nn.Identity that run, and the types of the layers with weights."""
-
-    def note(path: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
-        def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-            kind = nn.Linear if isinstance(module, nn.Linear) else type(module)
-            ran[kind] = (path, output)
-            last_layer.extend([kind.__name__] if next(module.parameters(), None) is not None else [])
-
-        return hook
-
-    # The leaves: nn.MultiheadAttention holds an nn.Linear that never runs as a module, which hooks then do not see.
-    leaves = [(path, module) for path, module in network.named_modules() if next(module.children(), None) is None]
-    handles = [module.register_forward_hook(note(path)) for path, module in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def meta_output(network: nn.Module, crop: int) -> torch.Tensor:

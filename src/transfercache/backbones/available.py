@@ -6,9 +6,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import platformdirs
-
-from transfercache.environment import processor_flags
+from transfercache.environment import processor_flags, tlc_folder
 
 OPENVINO = "openvino"
 EAGER = "eager"
@@ -38,11 +36,6 @@ def auto_engine(device: str) -> str:
 def may_have_gpu() -> bool:
     """Whether torch might see a GPU; where it cannot, nobody needs to load it to find out."""
     return not sys.platform.startswith("linux") or any(Path(file).exists() for file in _GPU_FILES)
-
-
-def tlc_folder() -> Path:
-    """Return the folder of what is kept to be faster, which can be removed at any time."""
-    return platformdirs.user_cache_path("transfercache")
 
 
 def kept_networks() -> Path:

@@ -32,8 +32,6 @@ ENGINES = tuple(name for name in get_args(config.Engine) if name != "auto")
 class Engine(Protocol):
     """Turns pixels into features; holds its own copy of the network on its device."""
 
-    name: str
-
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return float32 [B, D] for uint8 [B, H, W, 3]."""
 
@@ -65,7 +63,8 @@ class Choice:
         from transfercache.backbones.devices import pick_device
         from transfercache.backbones.engines import EagerEngine
 
-        return EagerEngine(backbone.load(), pick_device(self.device), compute=self.compute, name=self.engine)
+        is_compiled = self.engine == COMPILE
+        return EagerEngine(backbone.load(), pick_device(self.device), compute=self.compute, is_compiled=is_compiled)
 
     def describe(self) -> str:
         """Return one line for a person: what computes, and what would be faster here."""

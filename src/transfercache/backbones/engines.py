@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from transfercache.backbones import available
 from transfercache.backbones.devices import is_out_of_memory
 from transfercache.backbones.registry import Backbone
 from transfercache.errors import ResourceError
@@ -27,12 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class EagerEngine:
-    """Plain PyTorch, as it is (in float32 the engine that all others are held to) or compiled, as `name` says."""
+    """Plain PyTorch, as it is (in float32 the engine that all others are held to) or compiled."""
 
     def __init__(
-        self, backbone: Backbone, device: torch.device, *, compute: str = "fp32", name: str = available.EAGER
+        self, backbone: Backbone, device: torch.device, *, compute: str = "fp32", is_compiled: bool = False
     ) -> None:
-        self.name = name
         self._preprocessing = backbone.preprocessing
         self._device = device
         self._compute = compute
@@ -42,7 +40,7 @@ class EagerEngine:
         # the pixels come in that order anyway.
         network = copy.deepcopy(backbone.network).eval().to(device)
         self._network = network.to(memory_format=torch.channels_last)
-        self._forward = torch.compile(network, dynamic=False) if name == available.COMPILE else network
+        self._forward = torch.compile(network, dynamic=False) if is_compiled else network
 
     def embed(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return float32 [B, D] for uint8 [B, H, W, 3], row by row; done when it returns.

@@ -11,16 +11,16 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from transfercache.backbones.available import DEFAULT, RANDOM, tlc_folder
-from transfercache.environment import installed_versions
+from transfercache.backbones.available import DEFAULT, RANDOM
+from transfercache.environment import installed_versions, tlc_folder
 from transfercache.errors import ResourceError, WeightsError
 from transfercache.files import sha256_file, write_atomic
-from transfercache.spec import ExtractSpec, Preprocessing
+from transfercache.spec import POOLED, ExtractSpec, Preprocessing
 from transfercache.strict_json import parse, take
 
 if TYPE_CHECKING:
@@ -41,37 +41,26 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 
-class FrozenBackbone(Protocol):
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FrozenBackbone(ABC):
     """What an extraction needs to know of a backbone; `load` brings the network itself."""
 
-    @property
-    def name(self) -> str: ...  # noqa: D102 - the fields of `registry.Backbone`
-    @property
-    def dim(self) -> int: ...  # noqa: D102
-    @property
-    def boundary(self) -> str: ...  # noqa: D102
-    @property
-    def preprocessing(self) -> Preprocessing: ...  # noqa: D102
-    @property
-    def weights_digest(self) -> str: ...  # noqa: D102
-    @property
-    def weights_source(self) -> Mapping[str, str]: ...  # noqa: D102
+    name: str
+    dim: int  # D
+    boundary: str = POOLED
+    preprocessing: Preprocessing
+    weights_digest: str  # 64 hex digits
+    weights_source: dict[str, str]  # kind: default | file | random | package | hub; where; licence
 
+    @abstractmethod
     def load(self) -> Backbone:
         """Return the network with its weights; raises what `load_backbone` does."""
-        ...
 
 
-@dataclass(frozen=True, eq=False)
-class KnownBackbone:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KnownBackbone(FrozenBackbone):
     """A backbone that was loaded before, from weights that are still the same bytes."""
 
-    name: str
-    dim: int
-    boundary: str
-    preprocessing: Preprocessing
-    weights_digest: str
-    weights_source: dict[str, str]
     weights: str  # as `load_backbone` takes it
 
     def load(self) -> Backbone:

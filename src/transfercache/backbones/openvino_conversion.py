@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from transfercache.backbones.canaries import canary_pixels
-from transfercache.backbones.engines import EagerEngine, normalise
+from transfercache.backbones.engines import normalise
 
 # Above openvino itself: it takes care of what that import would do.
 from transfercache.backbones.openvino_engine import WAY_OUT, last_line
@@ -65,8 +63,3 @@ def convert(backbone: Backbone) -> Any:
             return front_end.convert(front_end.load(decoder))
     except _CONVERSION_ERRORS as error:
         raise UsageError(f"{backbone.name}: OpenVINO cannot convert it ({last_line(error)}); {WAY_OUT}") from error
-
-
-def eager_canaries(backbone: Backbone) -> NDArray[np.float32]:
-    """Return the features float32 [4, D] that a conversion is held to."""
-    return EagerEngine(backbone, torch.device("cpu")).embed(canary_pixels(backbone.preprocessing.crop))

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from torch import nn
 
-from transfercache.backbones.architecture import Architecture, Head, LoadedWeights, find_head
+from transfercache.backbones.architecture import Architecture, LoadedWeights, find_head
 from transfercache.backbones.available import DEFAULT, RANDOM
+from transfercache.backbones.known import FrozenBackbone
 from transfercache.backbones.stages import Stage
 from transfercache.backbones.timm_adapter import LITE0, TIMM_PREFIX, lite0_architecture, timm_architecture
 from transfercache.backbones.torchvision_adapter import torchvision_architecture, torchvision_names
 from transfercache.backbones.weights import load_state, read_state, seeded, weights_digest
 from transfercache.errors import UsageError, WeightsError, did_you_mean
 from transfercache.randomness import derive_seed
-from transfercache.spec import Preprocessing
 
 _RANDOM_SEED = 0
 _RANDOM_SOURCE = {"kind": "random", "where": f"seed {_RANDOM_SEED}", "licence": "none needed"}
@@ -25,24 +25,18 @@ _RANDOM_SOURCE = {"kind": "random", "where": f"seed {_RANDOM_SEED}", "licence": 
 _NO_EMBEDDING = ("squeezenet1_0", "squeezenet1_1")
 
 
-@dataclass(frozen=True, eq=False)
-class Backbone:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Backbone(FrozenBackbone):
     """A loaded network whose head has been taken out; `network` maps float32 [B, 3, crop, crop] to float32 [B, D]."""
 
-    name: str
     network: nn.Module  # in eval mode, float32, on the CPU; nn.Identity at head_path
-    dim: int  # D
     classifier: nn.Linear | None  # what stood at head_path; None where the network or its weights bring none
     head_path: str  # dotted, such as "fc"
-    preprocessing: Preprocessing
-    weights_digest: str  # 64 hex digits
-    weights_source: dict[str, str]  # kind: default | file | random | package | hub; where; licence
     stages: tuple[Stage, ...]
-    boundary: str = "pooled"  # the input of the last nn.Linear that runs
     weights_file: Path | None = None  # what was read; None for random ones, and for those of a hub
 
     def load(self) -> Backbone:
-        """Return itself: a `known.FrozenBackbone` that is loaded."""
+        """Return itself: it is loaded."""
         return self
 
 
@@ -61,18 +55,28 @@ def load_backbone(name: str, *, weights: str = DEFAULT, expected_digest: str | N
     with seeded(_RANDOM_SEED):
         network = architecture.build().eval()
     head = find_head(network, name=name, crop=architecture.preprocessing.crop)
-    loaded = _resolve(architecture, weights)
-    has_head = True
-    if loaded is not None:
-        own_names = {architecture.own_name(given): tensor for given, tensor in loaded.state.items()}
-        state = {own: tensor for own, tensor in own_names.items() if own is not None}
-        has_head = load_state(network, state, head_path=head.path, what=f"{loaded.source['where']} as {name}")
-    source, file = (_RANDOM_SOURCE, None) if loaded is None else (loaded.source, loaded.file)
-    backbone = _without_head(architecture, network, head, has_head=has_head, source=source, file=file)
+    loaded = _resolve(architecture, weights, network)
+    own_names = {architecture.own_name(given): tensor for given, tensor in loaded.state.items()}
+    state = {own: tensor for own, tensor in own_names.items() if own is not None}
+    has_head = load_state(network, state, head_path=head.path, what=f"{loaded.source['where']} as {name}")
+    taken_out = network.get_submodule(head.path)
+    network.set_submodule(head.path, nn.Identity().eval())
+    backbone = Backbone(
+        name=architecture.name,
+        network=network,
+        dim=head.dim,
+        classifier=taken_out if has_head and isinstance(taken_out, nn.Linear) else None,
+        head_path=head.path,
+        preprocessing=architecture.preprocessing,
+        weights_digest=weights_digest(network.state_dict()),
+        weights_source=dict(loaded.source),
+        stages=architecture.stages(network),
+        weights_file=loaded.file,
+    )
     if expected_digest is not None and backbone.weights_digest != expected_digest:
         raise WeightsError(
-            f"{source['where']}: these weights of {name} have the digest {backbone.weights_digest}, not the expected "
-            f"{expected_digest}; pass --weights PATH with those that were used then"
+            f"{loaded.source['where']}: these weights of {name} have the digest {backbone.weights_digest}, not the "
+            f"expected {expected_digest}; pass --weights PATH with those that were used then"
         )
     return backbone
 
@@ -116,35 +120,11 @@ def _architecture(name: str) -> Architecture:
     )
 
 
-def _resolve(architecture: Architecture, weights: str) -> LoadedWeights | None:
+def _resolve(architecture: Architecture, weights: str, network: nn.Module) -> LoadedWeights:
+    """Return the weights of these words; `network` has those that are random."""
     if weights == RANDOM:
-        return None
+        return LoadedWeights(network.state_dict(), _RANDOM_SOURCE)
     if weights == DEFAULT:
         return architecture.default_weights()
     path = Path(weights).expanduser().absolute()
     return LoadedWeights(read_state(path), {"kind": "file", "where": str(path), "licence": "not known to tlc"}, path)
-
-
-def _without_head(
-    architecture: Architecture,
-    network: nn.Module,
-    head: Head,
-    *,
-    has_head: bool,
-    source: dict[str, str],
-    file: Path | None,
-) -> Backbone:
-    taken_out = network.get_submodule(head.path)
-    network.set_submodule(head.path, nn.Identity().eval())
-    return Backbone(
-        name=architecture.name,
-        network=network,
-        dim=head.dim,
-        classifier=taken_out if has_head and isinstance(taken_out, nn.Linear) else None,
-        head_path=head.path,
-        preprocessing=architecture.preprocessing,
-        weights_digest=weights_digest(network.state_dict()),
-        weights_source=dict(source),
-        stages=architecture.stages(network),
-        weights_file=file,
-    )

@@ -21,12 +21,19 @@ def rows_within(n_bytes: int, dim: int) -> int:
     return max(n_bytes // (4 * dim), 1)
 
 
-class FeatureBlocks(Protocol):
-    """N feature rows; `take` selects without reading, and threads may `read` at the same time."""
+class Readable(Protocol):
+    """What `in_order` needs of rows."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """N and D."""
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Return rows [start, stop) as [B, D]."""
+
+
+class FeatureBlocks(Readable, Protocol):
+    """N feature rows; `take` selects without reading, and threads may `read` at the same time."""
 
     def read(self, start: int, stop: int) -> Float32Array:
         """Return float32 [stop - start, D], which may be a view and is not to be written to."""
@@ -58,17 +65,6 @@ class ArrayBlocks:
     def take(self, index: Int64Array) -> ArrayBlocks:
         """Return the rows at `index`, int64 [M], in that order; nothing is copied."""
         return ArrayBlocks(self.array, index if self.index is None else self.index[index])
-
-
-class Readable(Protocol):
-    """What `in_order` needs of rows."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """N and D."""
-
-    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Return rows [start, stop) as [B, D]."""
 
 
 def in_order(blocks: Readable) -> Iterator[tuple[slice, npt.NDArray[Any]]]:

@@ -14,10 +14,10 @@ import numpy as np
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, ShardEntry, read_catalogue
 from transfercache.cache.plain_file import opened_plain
 from transfercache.cache.reader import open_cache
-from transfercache.cache.rows import BAD, OK, Rows
+from transfercache.cache.rows import OK, Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.slots import row_keys
-from transfercache.cache.store import LABELS, LOCK, REPLACEABLE
+from transfercache.cache.store import LABELS, LOCK, REPLACEABLE, leftovers
 from transfercache.errors import CacheError, ResourceError
 
 _TAG = "CACHEDIR.TAG"
@@ -70,9 +70,7 @@ class Contents:
         """What a crash left: tlc's files that the catalogue does not name."""
         if self.catalogue is None:
             return ()
-        in_force = {entry.file for entry in self.catalogue.shards}
-        in_force |= {self.catalogue.rows.file} if self.catalogue.rows else set()
-        return tuple(name for name in self.sizes if REPLACEABLE.fullmatch(name) and name not in in_force)
+        return tuple(leftovers(self.catalogue, self.sizes))
 
     @property
     def partial(self) -> list[ShardEntry]:
@@ -102,9 +100,9 @@ class Contents:
         runs = catalogue.provenance if catalogue else ()
         return Summary(
             cache=self.folder,
-            images=None if rows is None else int(np.sum(rows.view == 0)),
-            views=None if rows is None else len(np.unique(rows.view)),
-            bad=None if rows is None else int(np.sum(rows.status == BAD)),  # a bad image has one entry
+            images=None if rows is None else rows.n_images,
+            views=None if rows is None else rows.n_views,
+            bad=None if rows is None else len(rows.bad),
             bytes=self.bytes,
             unused=self.unused,
             finished=catalogue.rows is not None if catalogue else None,

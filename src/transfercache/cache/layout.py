@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from transfercache.cache.catalogue import ALIGNMENT_BYTES, STORAGE_DTYPES, Extent, ShardEntry
 from transfercache.cache.plain_file import opened_plain, write_all
-from transfercache.files import resource_errors, sync_folder
+from transfercache.files import replacing
 
 # More than HDF5's own metadata takes.
 _HEADER_BYTES = 1 << 16
@@ -38,27 +38,20 @@ def create_shard(
     The file appears under its name only when its space is allocated and its plan is on the disk. Raises
     ResourceError, and leaves nothing behind, where the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     n_rows = len(digests)
     if digests.shape != (n_rows, 32) or views.shape != (n_rows,):
         raise ValueError(f"a plan of digests {digests.shape} and views {views.shape}")
-    with resource_errors(path):
-        try:
-            needed = shard_bytes(n_rows, dim=math.prod(row_shape), dtype=dtype)
-            # Asked first because HDF5 does not fail cleanly on a full disk.
-            if shutil.disk_usage(path.parent).free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            places = lay_out(temporary, n_rows=n_rows, row_shape=row_shape, dtype=dtype)
-            entry = ShardEntry(path.name, n_rows, math.prod(row_shape), dtype, batch_size, *places)
-            with opened_plain(temporary, os.O_RDWR) as descriptor:
-                _allocate(descriptor)
-                write_all(descriptor, np.ascontiguousarray(digests), entry.digests.offset)
-                write_all(descriptor, np.ascontiguousarray(views), entry.views.offset)
-                os.fsync(descriptor)
-            os.rename(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+    with replacing(path) as temporary:
+        needed = shard_bytes(n_rows, dim=math.prod(row_shape), dtype=dtype)
+        # Asked first because HDF5 does not fail cleanly on a full disk.
+        if shutil.disk_usage(path.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        places = lay_out(temporary, n_rows=n_rows, row_shape=row_shape, dtype=dtype)
+        entry = ShardEntry(path.name, n_rows, math.prod(row_shape), dtype, batch_size, *places)
+        with opened_plain(temporary, os.O_RDWR) as descriptor:
+            _allocate(descriptor)
+            write_all(descriptor, np.ascontiguousarray(digests), entry.digests.offset)
+            write_all(descriptor, np.ascontiguousarray(views), entry.views.offset)
     return entry
 
 

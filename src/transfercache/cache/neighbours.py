@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Neighbour:
-    """Another cache folder, and those of its rows that are asked for here."""
+    """A cache folder, most often another one, and those of its rows that are asked for here."""
 
     folder: Path
     catalogue: Catalogue

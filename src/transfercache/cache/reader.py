@@ -14,7 +14,7 @@ from transfercache.cache.blocks import ArrayBlocks
 from transfercache.cache.catalogue import FILE_NAME, Catalogue, read_catalogue
 from transfercache.cache.plain_file import MEND, read_plain
 from transfercache.cache.provenance import Run
-from transfercache.cache.rows import BAD, MAX_BYTES, OK, Rows
+from transfercache.cache.rows import MAX_BYTES, OK, Rows
 from transfercache.cache.shard import ShardReader
 from transfercache.cache.table import FeatureTable
 from transfercache.errors import CacheError, DataError, UsageError, did_you_mean
@@ -107,12 +107,12 @@ class Cache:
     @property
     def n_rows(self) -> int:
         """Images, bad ones included."""
-        return int(np.sum(self.rows.view == 0))
+        return self.rows.n_images
 
     @property
     def n_bad(self) -> int:
         """Images that could not be read."""
-        return int(np.sum((self.rows.status == BAD) & (self.rows.view == 0)))
+        return len(self.rows.bad)
 
     def table(self, split: str | None = None, *, labelled_only: bool = False) -> FeatureTable:
         """Return the good rows of one split (None: of all), in the order of the manifest, copied into memory.
@@ -180,7 +180,6 @@ class Cache:
                 path = rows.path[index[at[np.argmax(differs)]]]
                 raise CacheError(f"{shard.path}: does not hold the features of {path}; {MEND}")
             parts[number] = (at, shard.take(slots))
-            shard.release(slots)
             if not shard.is_finite[slots].all():
                 path = rows.path[index[at[np.argmin(shard.is_finite[slots])]]]
                 raise CacheError(

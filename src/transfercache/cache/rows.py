@@ -109,6 +109,22 @@ class Rows:
         """The row of the manifest that each entry belongs to, int64 [R]: every one begins with its view 0."""
         return np.cumsum(self.view == 0, dtype=np.int64) - 1
 
+    @property
+    def n_images(self) -> int:
+        """The images, bad ones included."""
+        return int(np.sum(self.view == 0))
+
+    @property
+    def n_views(self) -> int:
+        """The views of each good image, at least one."""
+        return int(self.view.max(initial=0)) + 1
+
+    @property
+    def bad(self) -> dict[int, str]:
+        """The images that could not be read: row of the manifest -> reason."""
+        at = np.flatnonzero(self.status == BAD)
+        return dict(zip(self.row[at].tolist(), (self.reason[i] for i in at.tolist()), strict=True))
+
     def has_same_content(self, other: Rows) -> bool:
         """Whether these rows differ from `other` at most in what the file system says of their files."""
         names = {"path", "reason", *_ARRAYS} - {"size", "mtime_ns", "ctime_ns", "inode"}

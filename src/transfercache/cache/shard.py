@@ -122,7 +122,7 @@ class ShardReader:
     def take(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return a copy of the rows at `slots`, float32 [M, D], each proved the first time this reader returns it.
 
-        Raises CacheError naming the shard and the row where a checksum fails.
+        What was read does not stay mapped. Raises CacheError naming the shard and the row where a checksum fails.
         """
         if len(slots) and not 0 <= slots.min() <= slots.max() < len(self.features):
             raise IndexError(f"slots must lie between 0 and {len(self.features) - 1}")
@@ -137,9 +137,10 @@ class ShardReader:
                     raise CacheError(f"{self.path}: row {block[np.argmin(agrees)]} fails its checksum; {MEND}")
                 self._proved[block] = True
                 self.is_finite[block] = _are_finite(rows)
+        self._release(slots)
         return taken
 
-    def release(self, slots: npt.NDArray[np.int64]) -> None:
+    def _release(self, slots: npt.NDArray[np.int64]) -> None:
         """Let go of the mapped pages of these rows, which would count as this process's memory, read after read."""
         if len(slots):
             first, n_rows = int(slots.min()), int(np.ptp(slots)) + 1
@@ -223,13 +224,9 @@ class ShardWriter:
         with resource_errors(self._path):
             getattr(os, "fdatasync", os.fsync)(self._descriptor)  # macOS has no fdatasync
 
-    def valid(self) -> BoolArray:
-        """Return which slots hold a row that its checksum proves, bool [n]."""
-        return self._reader.valid()
-
     def clear_torn(self) -> BoolArray:
         """Mark every slot whose row fails its checksum as never written, commit, and return the valid ones."""
-        valid = self.valid()
+        valid = self._reader.valid()
         torn = np.flatnonzero(self._reader.written() & ~valid)
         self._write_rows(self._entry.checksums, torn, np.full(len(torn), NEVER_WRITTEN, np.uint64))
         self.commit()

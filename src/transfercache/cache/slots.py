@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,12 +74,12 @@ def planned_keys(folder: Path, shards: Sequence[ShardEntry]) -> set[RowKey]:
     return {key for reader in readers for key in row_keys(reader.digests, reader.views)}
 
 
-def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: bool = False) -> Slots:
+def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: Collection[int] = ()) -> Slots:
     """Read the plans of all shards, and scan the checksums of the unfinished ones.
 
-    Rows of a finished shard were proved when it was finished, and are again when they are first read. With `prove` its
-    file is hashed now; where that is not the finished one, the shard is `damaged`, and each row has to prove itself. A
-    shard that cannot be read is left out, and damaged too.
+    Rows of a finished shard were proved when it was finished, and are again when they are first read. Of the shards
+    with the numbers `prove` the file is hashed now; where that is not the finished one, the shard is `damaged`, and
+    each row has to prove itself. Such a shard that cannot be read is left out, and damaged too.
     """
     found: list[tuple[ShardEntry, ShardReader, BoolArray]] = []
     damaged = []
@@ -87,10 +87,10 @@ def read_slots(folder: Path, shards: Sequence[ShardEntry], *, prove: bool = Fals
         path, is_trusted = folder / entry.file, entry.finished
         try:
             reader = ShardReader(path, entry)
-            if prove and entry.finished:
+            if entry.number in prove and entry.finished:
                 is_trusted = shard_digest(path, entry) == entry.digest
         except (CacheError, OSError) as error:
-            if not prove:
+            if entry.number not in prove:
                 raise
             logger.warning("its rows are made again: %s", error)
             damaged.append(entry.number)

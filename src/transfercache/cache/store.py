@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -68,18 +68,11 @@ def find_or_create(
 ) -> Store:
     """Return the store of this data root and spec, in a new folder where there is none; canaries float32 [4, D].
 
-    Raises CacheError where a folder of the wanted name cannot be trusted, or holds rows of another width; and
-    ResourceError where the folder cannot be made.
+    Raises CacheError where a folder of the wanted name cannot be trusted, ResourceError where the folder cannot be
+    made.
     """
     catalogue = Catalogue(spec=spec, data_name=data_name, data_root=str(data_root), canaries=canaries)
-    folder = find(cache_dir, data_name=data_name, data_root=data_root, spec=spec)
-    store = Store(folder or _create(cache_dir, catalogue))
-    if store.catalogue.dim != catalogue.dim:
-        raise CacheError(
-            f"{store.folder}: its rows are {store.catalogue.dim} wide, this backbone's {catalogue.dim}; "
-            "remove the folder and run the same command again"
-        )
-    return store
+    return Store(find(cache_dir, data_name=data_name, data_root=data_root, spec=spec) or _create(cache_dir, catalogue))
 
 
 def folder_pattern(spec: ExtractSpec) -> str:
@@ -161,8 +154,8 @@ class Store:
         """Return the catalogue's entry of one shard."""
         return next(entry for entry in self.catalogue.shards if entry.number == number)
 
-    def slots(self, *, prove: bool = False) -> Slots:
-        """Return every planned row; scans the checksums of unfinished shards, with `prove` of all."""
+    def slots(self, *, prove: Collection[int] = ()) -> Slots:
+        """Return every planned row; scans the checksums of unfinished shards, and proves those numbered `prove`."""
         return read_slots(self.folder, self.catalogue.shards, prove=prove)
 
     def begin_shard(self, digests: npt.NDArray[np.uint8], views: npt.NDArray[np.uint8], *, batch_size: int) -> int:
@@ -314,9 +307,14 @@ class Store:
         return not self._leftovers()
 
     def _leftovers(self) -> list[Path]:
-        in_force = {entry.file for entry in self.catalogue.shards} | {getattr(self.catalogue.rows, "file", "")}
-        ours = (path for path in self.folder.iterdir() if REPLACEABLE.fullmatch(path.name))
-        return [path for path in ours if path.name not in in_force and not path.is_dir()]
+        paths = map(self.folder.joinpath, leftovers(self.catalogue, os.listdir(self.folder)))
+        return [path for path in paths if not path.is_dir()]
+
+
+def leftovers(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
+    """Return those of a folder's names that a crash left: what a writer makes, and the catalogue does not name."""
+    in_force = {entry.file for entry in catalogue.shards} | {getattr(catalogue.rows, "file", "")}
+    return [name for name in names if REPLACEABLE.fullmatch(name) and name not in in_force]
 
 
 def _rows_entry(data: bytes) -> RowsEntry:

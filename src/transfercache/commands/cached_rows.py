@@ -81,7 +81,8 @@ def _is_stale(cache: Cache, manifest: Manifest) -> bool:
     if cache.catalogue.has_given_split != manifest.has_given_split:
         return True
     known = cache.rows.mtime_ns[first]  # -1 where the file was too young for its time to prove anything
-    differs = (cache.rows.size[first] != manifest.size) | ((known >= 0) & (known != manifest.mtime_ns))
+    size, mtime_ns, _, _ = manifest.stat.T
+    differs = (cache.rows.size[first] != size) | ((known >= 0) & (known != mtime_ns))
     if manifest.has_given_split:
         differs |= cache.rows.split[first] != manifest.split
     is_renamed = bool(manifest.class_names) and manifest.class_names != cache.class_names

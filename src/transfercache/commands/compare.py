@@ -10,18 +10,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from transfercache import config
 from transfercache.backbones.available import RANDOM
-from transfercache.backbones.choice import Choice, choose_engine
+from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.registry import load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.boundary import cache_activations
-from transfercache.commands.extract import Extraction, extract_manifest
+from transfercache.commands.extract import Extraction, Extractor
 from transfercache.commands.inputs import (
     BadImage,
     EmbedOptions,
@@ -57,13 +57,6 @@ RESULTS_FOLDER = "results"
 _HEADS = ("logistic", "ridge", "linear")
 _PROBED_FIRST = "lp-ft"
 _ON_IMAGES = ("finetune", "partial")
-
-
-class _Kept(TypedDict):
-    cache_dir: Path
-    options: EmbedOptions
-    choice: Choice
-    hash_seconds: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,14 +168,8 @@ def compare(
         finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
     )
     manifest = _read(data, [options.spec(item) for item in loaded], root=root, finish=finish)
-    kept: _Kept = {
-        "cache_dir": root,
-        "options": options,
-        "choice": choice,
-        "hash_seconds": watch.seconds()["hash"],
-    }
-    extract = functools.partial(extract_manifest, manifest, **kept)
-    extractions = {item.name: extract(item) for item in loaded} if Source.EMBEDDINGS in sources else {}
+    extractor = Extractor(manifest, root, options, choice, watch.seconds()["hash"])
+    extractions = {item.name: extractor.extract(item) for item in loaded} if Source.EMBEDDINGS in sources else {}
     reasons = _bad_rows(manifest, extractions, workers=workers)
     log_bad(bad_images(manifest, reasons), manifest.n_rows, on_bad=on_bad)
     rows, warnings = _rows_to_compare(manifest, reasons)
@@ -194,7 +181,7 @@ def compare(
             random_backbone=functools.partial(load_backbone, name, weights=RANDOM),
             spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
-            activations=functools.partial(cache_activations, manifest, **kept),
+            activations=functools.partial(cache_activations, extractor),
             n_views=extractions[name].views if name in extractions else config.VIEWS,
             device=torch.device(choice.device),
             workers=workers,

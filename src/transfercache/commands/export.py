@@ -21,7 +21,7 @@ from transfercache.extract.loop import Embedder, PendingView
 from transfercache.files import check_writable, replacing, sha256_file, write_atomic
 from transfercache.images.manifest import hash_files
 from transfercache.images.sources import read_images
-from transfercache.models.exported import FloatArray, classifier_of, pick_format, side_by_side
+from transfercache.models.exported import FloatArray, SideBySide, classifier_of, pick_format
 from transfercache.models.head_file import Model, load_model
 from transfercache.models.network import checked_engine, load_backbone_of
 from transfercache.stopwatch import Stopwatch
@@ -125,7 +125,7 @@ def export(
     with replacing(target) as temporary:
         chosen.write(classifier, temporary)
         run = chosen.read(temporary, backbone.name, len(loaded.head.class_names))
-        both = side_by_side(engine, loaded.head, run)
+        both = SideBySide(engine, loaded.head, run)
         agreement = _compare(_logits(both, loaded, check, bad), loaded, what=f"{path}: as {format}")
     if not chosen.holds_metadata:
         sidecar = target.with_name(f"{target.name}.json")

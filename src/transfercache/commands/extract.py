@@ -190,10 +190,11 @@ def extract_features(
 
     Rows that this cache holds, or another of the same spec under `cache_dir`, are reused, and an interrupted run goes
     on where it was. `views` are rows of each image (0 the eval transform, 1 its mirror image, then drawn
-    augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices into a
-    cache of its own, for the call without `part` to gather. `verify_content` hashes every file, also where size, times
-    and inode are as before, and proves every row: what fails is made again. Unreadable images are listed in the
-    result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command line ends with 3.
+    augmentations); None keeps those that the cache has, else one. `part` "I/N" embeds the I-th of N slices, the same
+    on every device, into a cache of its own, for the call without `part` to gather. `verify_content` hashes every file,
+    also where size, times and inode are as before, and proves every row: what fails is made again. Unreadable images
+    are listed in the result's `bad` and have no features; with `on_bad="fail"` they are also logged, as the command
+    line ends with 3.
     `compute` and `decode` (docs/images.md) are part of what a cache is, `engine` is not. `batch_size` None is 32, on an
     NVIDIA GPU 256. `on_engine` is given a line on what activations will take, and one on what computes, and what would
     be faster, before a first image is embedded.
@@ -210,6 +211,7 @@ def extract_features(
     if part is not None:
         if labels is not None:
             raise UsageError("--labels: a part has no labels of its own; give them to the command without --part")
+        # Not by the device's batches: parts that are made on different devices must be slices of one cut.
         manifest = take_part(manifest, part, batch_size=batch_size or config.EXTRACT_BATCH_SIZE)
     loaded = find_backbone(backbone, weights=weights)
     pick_decoder(options.spec(loaded).preprocessing)  # what cannot be loaded fails now
@@ -229,16 +231,8 @@ def extract_features(
         val_fraction=val_fraction,
         split_seed=split_seed,
     )
-    result = extract_manifest(
-        manifest,
-        loaded,
-        cache_dir=root,
-        options=options,
-        choice=choice,
-        hash_seconds=watch.seconds()["hash"],
-        prove=verify_content,
-        on_engine=on_engine,
-    )
+    extractor = Extractor(manifest, root, options, choice, watch.seconds()["hash"])
+    result = extractor.extract(loaded, prove=verify_content, on_engine=on_engine)
     log_bad(result.bad, result.rows, on_bad=on_bad)
     if result.straddling:
         logger.warning("%d groups or sets of equal images lie on both sides of the given split", result.straddling)
@@ -264,91 +258,103 @@ def extract_features(
     return result
 
 
-def extract_manifest(
-    manifest: Manifest,
-    backbone: FrozenBackbone,
-    *,
-    cache_dir: Path,
-    options: EmbedOptions,
-    choice: Choice,
-    hash_seconds: float,
-    prove: bool = False,
-    on_engine: Callable[[str], None] = lambda line: None,
-) -> Extraction:
-    """Embed the rows of a manifest that `inputs.finish_manifest` has finished, in `hash_seconds`, into its cache.
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """Embeds the rows of a manifest that `inputs.finish_manifest` has finished, into the cache of each backbone."""
 
-    With `prove` the rows that the cache holds are proved, and what is damaged is made again.
-    """
-    watch = Stopwatch({"hash": hash_seconds})
-    batch_size = options.batch_size or choice.batch_size
+    manifest: Manifest
+    cache_dir: Path
+    options: EmbedOptions
+    choice: Choice
+    hash_seconds: float  # that finishing took
 
-    @functools.cache
-    def make_engine() -> Engine:
-        on_engine(choice.describe())
-        return choice.build(backbone)
+    def extract(
+        self,
+        backbone: FrozenBackbone,
+        *,
+        prove: bool = False,
+        on_engine: Callable[[str], None] = lambda line: None,
+    ) -> Extraction:
+        """Embed what the backbone's cache lacks; with `prove` its rows are proved, and what is damaged is made again.
 
-    spec = options.spec(backbone)
-    folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
-    n_views = options.views or (config.VIEWS if folder is None else _n_views(Store(folder), mend=prove))
-    check_space(
-        manifest,
-        spec,
-        dim=backbone.dim,
-        n_views=n_views,
-        max_bytes=options.max_bytes,
-        cache_dir=cache_dir,
-        folder=folder,
-        on_line=on_engine,
-    )
-    store = Store(folder) if folder is not None else _new_store(cache_dir, manifest, spec, make_engine)
-    environment = describe_environment()
+        `on_engine` is as of `extract_features`.
+        """
+        manifest, cache_dir, options, choice = self.manifest, self.cache_dir, self.options, self.choice
+        watch = Stopwatch({"hash": self.hash_seconds})
+        batch_size = options.batch_size or choice.batch_size
 
-    def describe_run(outcome: Outcome) -> Run:
-        return Run(
-            date=datetime.now(UTC).isoformat(timespec="seconds"),
+        @functools.cache
+        def make_engine() -> Engine:
+            on_engine(choice.describe())
+            return choice.build(backbone)
+
+        spec = options.spec(backbone)
+        folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
+        n_views = options.views or (config.VIEWS if folder is None else _n_views(Store(folder), mend=prove))
+        check_space(
+            manifest,
+            spec,
+            dim=backbone.dim,
+            n_views=n_views,
+            max_bytes=options.max_bytes,
+            cache_dir=cache_dir,
+            folder=folder,
+            on_line=on_engine,
+        )
+        store = Store(folder) if folder is not None else _new_store(cache_dir, manifest, spec, make_engine)
+        if store.catalogue.dim != backbone.dim:
+            raise CacheError(
+                f"{store.folder}: its rows are {store.catalogue.dim} wide, this backbone's {backbone.dim}; "
+                "remove the folder and run the same command again"
+            )
+        environment = describe_environment()
+        makers = makers_of(choice.engine, environment["versions"])
+
+        def describe_run(outcome: Outcome) -> Run:
+            return Run(
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                computed=outcome.computed,
+                reused=outcome.reused,
+                checked=outcome.checked,
+                copied_from=None,
+                seconds=watch.seconds(),
+                engine=choice.engine,
+                device=choice.device_name,
+                batch_size=batch_size,
+                weights=dict(backbone.weights_source),
+                **environment,
+            )
+
+        outcome = ExtractionRun(
+            store=store,
+            embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch, makers),
+            n_views=n_views,
+            batch_size=batch_size,
+            prove=prove,
+            describe_run=describe_run,
+        ).run()
+        if len(outcome.bad) == manifest.n_rows:
+            first = min(outcome.bad)
+            raise DataError(
+                f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.root} is readable"
+            )
+        labelled = manifest.labels >= 0
+        return Extraction(
+            cache=store.folder,
+            rows=manifest.n_rows,
+            views=n_views,
             computed=outcome.computed,
             reused=outcome.reused,
             checked=outcome.checked,
-            copied_from=None,
-            seconds=watch.seconds(),
+            bad=bad_images(manifest, outcome.bad),
+            straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
+            dim=backbone.dim,
+            seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
             engine=choice.engine,
+            compute=choice.compute,
             device=choice.device_name,
-            batch_size=batch_size,
-            weights=dict(backbone.weights_source),
-            **environment,
+            next_command=("tlc", "train-head", str(store.folder)),
         )
-
-    outcome = ExtractionRun(
-        store=store,
-        embedder=Embedder(manifest, store.catalogue.spec, make_engine, options.workers, watch),
-        n_views=n_views,
-        batch_size=batch_size,
-        prove=prove,
-        makers=makers_of(choice.engine, environment["versions"]),
-        describe_run=describe_run,
-    ).run()
-    if len(outcome.bad) == manifest.n_rows:
-        first = min(outcome.bad)
-        raise DataError(
-            f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.root} is readable"
-        )
-    labelled = manifest.labels >= 0
-    return Extraction(
-        cache=store.folder,
-        rows=manifest.n_rows,
-        views=n_views,
-        computed=outcome.computed,
-        reused=outcome.reused,
-        checked=outcome.checked,
-        bad=bad_images(manifest, outcome.bad),
-        straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
-        dim=backbone.dim,
-        seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
-        engine=choice.engine,
-        compute=choice.compute,
-        device=choice.device_name,
-        next_command=("tlc", "train-head", str(store.folder)),
-    )
 
 
 def _n_views(store: Store, *, mend: bool) -> int:
@@ -362,8 +368,9 @@ def _n_views(store: Store, *, mend: bool) -> int:
         if not mend:
             raise
         logger.warning("it is written again: %s", error)
-        return int(store.slots(prove=True).view.max(initial=0)) + 1
-    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
+        shards = {entry.number for entry in store.catalogue.shards}
+        return int(store.slots(prove=shards).view.max(initial=0)) + 1
+    return config.VIEWS if rows is None else rows.n_views
 
 
 def _new_store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:

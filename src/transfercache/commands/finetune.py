@@ -16,6 +16,7 @@ from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.devices import pick_device
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.commands.boundary import cache_activations
+from transfercache.commands.extract import Extractor
 from transfercache.commands.finetune_result import FinetuneOutcome, add_search, trials_to_json
 from transfercache.commands.inputs import (
     BadImage,
@@ -154,16 +155,10 @@ def finetune(
     with checkpoints.held():
         check_search(checkpoints, combinations)
         if stage is not None:
-            extraction, activations = cache_activations(
-                manifest,
-                loaded,
-                stage,
-                cache_dir=cache_root(cache_dir),
-                options=EmbedOptions(storage_dtype=storage_dtype, views=views, workers=workers, max_bytes=max_bytes),
-                choice=choose_engine(device=device),
-                hash_seconds=watch.seconds()["hash"],
-                on_line=on_line,
-            )
+            embed = EmbedOptions(storage_dtype=storage_dtype, views=views, workers=workers, max_bytes=max_bytes)
+            choice, hashed = choose_engine(device=device), watch.seconds()["hash"]
+            extractor = Extractor(manifest, cache_root(cache_dir), embed, choice, hashed)
+            extraction, activations = cache_activations(extractor, loaded, stage, on_line=on_line)
         task = Task(loaded, EmbedOptions().spec(loaded), pick_device(device), start, activations)
         trials, result = _try_and_train(
             manifest, task, options, combinations, checkpoints, on_epoch=on_epoch or ignore, on_line=on_line or ignore

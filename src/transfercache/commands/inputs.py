@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from transfercache import config
 from transfercache.cache.store import Store
 from transfercache.errors import UsageError
-from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
+from transfercache.overlay import overlay
 from transfercache.spec import DECODERS, POOLED, ExtractSpec
 from transfercache.stopwatch import Stopwatch
 
@@ -102,7 +102,8 @@ def finish_manifest(
         manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
     manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
     if labels is not None:
-        manifest = overlay_labels(manifest, Path(labels))
+        codes, class_names = overlay(manifest.paths, manifest.labels, manifest.class_names, Path(labels))
+        manifest = replace(manifest, labels=codes, class_names=class_names)
         manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
     log_skipped(manifest)
     return manifest

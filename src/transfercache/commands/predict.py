@@ -184,7 +184,7 @@ class LoadedModel:
             difference = _difference(cache.spec, head.spec)
             raise CacheError(f"{folder}: not of the spec that {self.path} was trained on ({difference})")
         rows = cache.rows
-        if int(rows.view.max(initial=0)) + 1 < n_views:
+        if rows.n_views < n_views:
             raise UsageError(
                 f"--tta: {folder} has one view an image; run its extract-features with --views 2, or give the images"
             )
@@ -205,7 +205,10 @@ class LoadedModel:
         if not self.model.is_finetuned:
             folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
         manifest = hash_files(manifest, known=known_files(folder), scanned_ns=scanned_ns)
-        embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch())
+        # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
+        engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
+        makers = makers_of(engine, installed_versions())
+        embedder = Embedder(manifest, spec, lambda: self.engine, workers, Stopwatch(), makers)
         held = {} if self.model.is_finetuned else self._held(cache_dir, embedder, n_views=n_views)
         readable = np.flatnonzero(manifest.is_readable()).tolist()
         missing = [(row, view) for row in readable for view in range(n_views) if (row, view) not in held]
@@ -221,13 +224,10 @@ class LoadedModel:
 
     def _held(self, cache_dir: Path, embedder: Embedder, *, n_views: int) -> dict[tuple[int, int], Features]:
         """Return {(manifest row, view): float32 [D]} for the images whose bytes some cache of the spec has seen."""
-        # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
-        engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
-        makers, dim = makers_of(engine, installed_versions()), self.model.head.dim
-        digests = embedder.manifest.digests
+        digests, dim = embedder.manifest.digests, self.model.head.dim
         features: dict[RowKey, Features] = {}
         wanted = wanted_rows(embedder.manifest, n_views=n_views)
-        for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim, makers=makers):
+        for cache, _ in trusted_neighbours(cache_dir, embedder, wanted, dim=dim):
             try:
                 features.update(zip(cache.keys, cache.slots.take(cache.keys), strict=True))
             except CacheError as error:

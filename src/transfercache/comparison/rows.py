@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -74,11 +72,7 @@ class ComparedRows:
     @cached_property
     def digest(self) -> str:
         """64 hex digits that change with any row's content, label, split or group, and with their order."""
-        manifest = self.manifest
-        digest = hashlib.sha256(json.dumps(manifest.class_names).encode())
-        for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return self.manifest.rows_digest()
 
     def divide(self, table: FeatureTable) -> tuple[FeatureTable, FeatureTable]:
         """Return the training rows of `table` in all their views, and the reported ones in view 0, in this order.

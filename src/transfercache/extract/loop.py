@@ -6,10 +6,10 @@ import functools
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +71,8 @@ class Embedder:
     engine: Callable[[], Engine]  # asked for when a first image is to be embedded
     workers: int | None  # decoding threads; None: see `decoding_threads`
     watch: Stopwatch
+    #: The engine and the versions of now (cache/provenance.py), where its rows are compared with a cache's.
+    makers: Mapping[str, str] = field(default_factory=dict)
 
     def embed(self, pending: Sequence[PendingView], *, batch_size: int) -> Generator[EmbeddedBatch, None, None]:
         """Yield the embeddings of `pending` batch by batch, in slot order.

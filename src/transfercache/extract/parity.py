@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.cache.catalogue import Catalogue
 from transfercache.cache.neighbours import Neighbour, find_neighbours
 from transfercache.cache.provenance import vouch
-from transfercache.cache.slots import RowKey, Slots
+from transfercache.cache.slots import RowKey
 from transfercache.errors import CacheError
 from transfercache.extract.loop import Embedder, PendingView
 from transfercache.randomness import derive_rng
@@ -26,27 +25,22 @@ N_SAMPLED = 8
 MIN_COSINE = {"fp32": 0.9999, "bf16": 0.999, "fp16": 0.999}
 
 
-def check_parity(
-    folder: Path,
-    catalogue: Catalogue,
-    slots: Slots,
-    embedder: Embedder,
-    wanted: Mapping[RowKey, tuple[int, int]],
-    *,
-    makers: Mapping[str, str],
-) -> int:
-    """Return how many held rows of `wanted` (key -> manifest row, view) were computed again; 0 where none need be.
+def check_parity(cache: Neighbour, embedder: Embedder, wanted: Mapping[RowKey, tuple[int, int]]) -> int:
+    """Return how many of the `keys` that the cache holds were computed again, by `wanted` (key -> manifest row, view).
 
-    None need be where all rows of this cache were made, or found equal, by `makers`, the engine and versions of now.
-    Raises CacheError, naming both, where a row's cosine with its copy in the cache is below its `MIN_COSINE`.
+    None need be where all its rows were made, or found equal, by the embedder's `makers`. Raises CacheError, naming
+    both, where a row's cosine with its copy in the cache is below its `MIN_COSINE`.
     """
-    held = [key for key in wanted if key in slots.held]
-    if not held or vouch(catalogue.provenance, makers):
+    makers = embedder.makers
+    if vouch(cache.catalogue.provenance, makers):
         return 0
-    made_by = [run.makers for run in catalogue.provenance if run.makers != dict(makers)]
+    held = [key for key in cache.keys if key in cache.slots.held]
+    if not held:
+        return 0
+    made_by = [run.makers for run in cache.catalogue.provenance if run.makers != dict(makers)]
     chosen = derive_rng(0, "parity").permutation(len(held))[:N_SAMPLED].tolist()
     pending = [PendingView(slot, *wanted[held[i]]) for slot, i in enumerate(chosen)]
-    stored = slots.take([held[i] for i in chosen])
+    stored = cache.slots.take([held[i] for i in chosen])
     for batch in embedder.embed(pending, batch_size=len(pending)):
         # An image that can no longer be read is as far from its row as can be.
         cosines = dict.fromkeys(batch.bad, 0.0)
@@ -55,9 +49,9 @@ def check_parity(
         row, cosine = min(cosines.items(), key=lambda item: item[1])
         if cosine < MIN_COSINE[embedder.spec.compute]:
             raise CacheError(
-                f"{folder}: made by {_listed(made_by[-1] if made_by else {})}; here {_listed(makers)} computes other "
-                f"embeddings (cosine {cosine:.5f} for {embedder.manifest.paths[row]}); install those versions, remove "
-                "the folder to make it anew, or name another --cache-dir"
+                f"{cache.folder}: made by {_listed(made_by[-1] if made_by else {})}; here {_listed(makers)} computes "
+                f"other embeddings (cosine {cosine:.5f} for {embedder.manifest.paths[row]}); install those versions, "
+                "remove the folder to make it anew, or name another --cache-dir"
             )
     return len(pending)
 
@@ -68,7 +62,6 @@ def trusted_neighbours(
     wanted: Mapping[RowKey, tuple[int, int]],
     *,
     dim: int,
-    makers: Mapping[str, str],
     beside: Path | None = None,
 ) -> Iterator[tuple[Neighbour, int]]:
     """Yield the caches that hold rows of `wanted`, and how many rows of each were checked; see `find_neighbours`.
@@ -76,11 +69,8 @@ def trusted_neighbours(
     One whose rows this machine would make otherwise is named in a warning and passed over.
     """
     for neighbour in find_neighbours(cache_dir, embedder.spec, wanted, dim=dim, beside=beside):
-        here = {key: wanted[key] for key in neighbour.keys}
         try:
-            n_checked = check_parity(
-                neighbour.folder, neighbour.catalogue, neighbour.slots, embedder, here, makers=makers
-            )
+            n_checked = check_parity(neighbour, embedder, wanted)
         except CacheError as error:
             logger.warning("computed instead of taken from there: %s", error)
             continue

@@ -36,14 +36,9 @@ class Plan:
         return chain.from_iterable(self.pending.values())
 
     @property
-    def n_pending(self) -> int:
-        """How many view rows are missing."""
-        return sum(map(len, self.pending.values()))
-
-    @property
     def n_held(self) -> int:
         """How many view rows the cache holds already."""
-        return len(self.wanted) - self.n_pending
+        return len(self.wanted) - sum(map(len, self.pending.values()))
 
 
 def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[int], n_views: int) -> Plan:

@@ -12,6 +12,7 @@ from typing import TypedDict
 import numpy as np
 
 from transfercache.cache.blocks import rows_within
+from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.neighbours import Neighbour
 from transfercache.cache.provenance import Run
 from transfercache.cache.rows import BAD, OK, Rows
@@ -51,9 +52,8 @@ class Outcome:
 class ExtractionRun:
     """Computes what a store lacks of a manifest (hashed, split, labelled), and publishes its rows.
 
-    Rows that a cache of the same spec beside it holds are copied from there. `makers` are the engine and versions of
-    now (extract/parity.py). `describe_run` makes the provenance record of a run, an interrupted one's too: its seconds
-    are part of the cost.
+    Rows that a cache of the same spec beside it holds are copied from there. `describe_run` makes the provenance record
+    of a run, an interrupted one's too: its seconds are part of the cost.
     """
 
     store: Store
@@ -61,10 +61,10 @@ class ExtractionRun:
     n_views: int
     batch_size: int
     prove: bool  # every row that the store holds; what is damaged is made again
-    makers: Mapping[str, str]
     describe_run: Callable[[Outcome], Run]
     _n_copied: int = field(default=0, init=False)
     _n_checked: int = field(default=0, init=False)
+    _proved: set[ShardEntry] = field(default_factory=set, init=False)  # finished, and whole
 
     def run(self) -> Outcome:
         """Do what there is to do; where that is nothing, nothing is locked, so that a read-only cache can be used.
@@ -91,7 +91,7 @@ class ExtractionRun:
         if not is_same and not store.has_published(rows, **self._names()):
             return None
         self._check_parity(slots, plan)
-        outcome = Outcome(0, plan.n_held, self._n_checked, _bad(rows))
+        outcome = Outcome(0, plan.n_held, self._n_checked, rows.bad)
         if self._n_checked:
             # On a read-only disk, or beside a writer, the next run checks again.
             with suppress(ResourceError), store.writing():
@@ -105,29 +105,34 @@ class ExtractionRun:
             plan = self._plan(before)
             # Before anything is recorded: a record by these makers would vouch for all rows.
             self._check_parity(before, plan)
+            run = None
             try:
-                return self._fill_and_publish(plan, before)
+                reasons = self._fill(plan, before)
+                for shard in self._unfinished():
+                    if shard not in before.damaged:
+                        store.finish_shard(shard)
+                after = store.slots(prove=before.damaged)
+                rows = self._rows(after, reasons)
+                outcome = self._outcome(plan, before, after, bad=rows.bad)
+                run = self.describe_run(outcome)
+                if not store.publish(rows, run=run, **self._names()) and self._n_checked:
+                    store.record(run)
             except BaseException:
-                store.record(self.describe_run(self._outcome(plan, before, self._slots(), bad={})))
+                if run is None or run not in store.catalogue.provenance:  # publishing may fail after it is on record
+                    after = store.slots(prove=before.damaged)
+                    store.record(self.describe_run(self._outcome(plan, before, after, bad={})))
                 raise
-
-    def _fill_and_publish(self, plan: Plan, before: Slots) -> Outcome:
-        store = self.store
-        reasons = self._fill(plan, before)
-        for shard in self._unfinished():
-            if shard not in before.damaged:
-                store.finish_shard(shard)
-        after = self._slots()
-        rows = self._rows(after, reasons)
-        outcome = self._outcome(plan, before, after, bad=_bad(rows))
-        run = self.describe_run(outcome)
-        if not store.publish(rows, run=run, **self._names()) and self._n_checked:
-            store.record(run)
-        replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
-        return outcome
+            # Not inside: the run is on record, and this only moves rows.
+            replace_shards(store, [entry for entry in store.catalogue.shards if entry.number in before.damaged])
+            return outcome
 
     def _slots(self) -> Slots:
-        return self.store.slots(prove=self.prove)
+        """Read the slots, with `prove` each shard proved unless it has been: hashing one reads all of it."""
+        entries = self.store.catalogue.shards if self.prove else ()
+        left = [entry for entry in entries if entry not in self._proved]
+        slots = self.store.slots(prove={entry.number for entry in left})
+        self._proved.update(entry for entry in left if entry.finished and entry.number not in slots.damaged)
+        return slots
 
     def _names(self) -> _Names:
         manifest = self.embedder.manifest
@@ -138,10 +143,8 @@ class ExtractionRun:
         return place_rows(manifest, slots, {**manifest.unreadable, **reasons}, n_views=self.n_views)
 
     def _check_parity(self, slots: Slots, plan: Plan) -> None:
-        store = self.store
-        self._n_checked += check_parity(
-            store.folder, store.catalogue, slots, self.embedder, plan.wanted, makers=self.makers
-        )
+        own = Neighbour(self.store.folder, self.store.catalogue, slots, list(plan.wanted))
+        self._n_checked += check_parity(own, self.embedder, plan.wanted)
 
     def _unfinished(self) -> list[int]:
         return [entry.number for entry in self.store.catalogue.shards if not entry.finished]
@@ -183,7 +186,6 @@ class ExtractionRun:
             self.embedder,
             {key: plan.wanted[key] for key in keys},
             dim=store.catalogue.dim,
-            makers=self.makers,
             beside=store.folder,
         )
         # The record of a check vouches for all rows of this cache: it is none where its own could not be checked.
@@ -228,12 +230,13 @@ def place_rows(manifest: Manifest, slots: Slots, reasons: Mapping[int, str], *, 
     row, own_view = np.nonzero(~is_bad[:, None] | (np.arange(n_views) == 0))
     # A bad row's place is the -1 that stands behind the last slot.
     at = np.where(is_bad[row], -1, index[row, own_view])
+    size, mtime_ns, ctime_ns, inode = manifest.stat[row].T
     return Rows(
         path=tuple(manifest.paths[i] for i in row.tolist()),
-        size=manifest.size[row],
-        mtime_ns=manifest.mtime_ns[row],
-        ctime_ns=manifest.ctime_ns[row],
-        inode=manifest.inode[row],
+        size=size,
+        mtime_ns=mtime_ns,
+        ctime_ns=ctime_ns,
+        inode=inode,
         digest=manifest.digests[row],
         view=own_view.astype(np.uint8),
         label=manifest.labels[row],
@@ -251,7 +254,3 @@ def _known_bad(manifest: Manifest, published: Rows) -> dict[int, str]:
     bad = {published.digest[i].tobytes(): published.reason[i] for i in np.flatnonzero(published.status == BAD)}
     found = ((row, bad.get(digest.tobytes())) for row, digest in enumerate(manifest.digests))
     return {row: reason for row, reason in found if reason is not None}
-
-
-def _bad(rows: Rows) -> dict[int, str]:
-    return {int(rows.row[i]): rows.reason[i] for i in np.flatnonzero(rows.status == BAD)}

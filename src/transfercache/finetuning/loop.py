@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -122,9 +120,6 @@ def finetune(
 
 def identify_run(manifest: Manifest, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """Return all that a run's end depends on, by the names that a message uses, in values of JSON."""
-    rows = hashlib.sha256(json.dumps(manifest.class_names).encode())
-    for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
-        rows.update(np.ascontiguousarray(array).tobytes())
     # The number of threads changes no bit.
     named = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "workers"}
     backbone, device, activations, start = task.backbone, task.device, task.activations, task.head_of(manifest)
@@ -135,7 +130,7 @@ def identify_run(manifest: Manifest, task: Task, options: FinetuneOptions) -> di
         "--device": device.type,
         "--backbone": backbone.name,
         "weights of the backbone": backbone.weights_digest,
-        "images, labels or split": rows.hexdigest(),
+        "images, labels or split": manifest.rows_digest(),
         "--init-head": None if start is None else head_digest(start),
         "cached activations": None if activations is None else activations.describe(),
     }

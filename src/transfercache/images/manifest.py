@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from transfercache.classes import check_classes
 from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
+from transfercache.images.ahead import run_ahead
 from transfercache.splits import Split, complete_split, join_groups
 
 Int64Array = npt.NDArray[np.int64]
@@ -47,10 +50,7 @@ class Manifest:
     labels: Int64Array  # int64 [N], -1: unlabelled
     split: UInt8Array  # uint8 [N], of splits.Split
     class_names: tuple[str, ...]  # sorted; a label is an index into it
-    size: Int64Array  # int64 [N], bytes
-    mtime_ns: Int64Array  # int64 [N]
-    ctime_ns: Int64Array  # int64 [N]
-    inode: Int64Array  # int64 [N]
+    stat: Int64Array  # int64 [N, 4]: size in bytes, mtime_ns, ctime_ns, inode
     group: Int64Array  # int64 [N], -1: the data names none
     digests: UInt8Array  # uint8 [N, 32], SHA-256 of the file's bytes; zeros: unknown
     unreadable: Mapping[int, str]  # row -> reason
@@ -59,11 +59,11 @@ class Manifest:
 
     def __post_init__(self) -> None:
         n_rows = len(self.paths)
-        for name in ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group"):
+        for name in ("labels", "split", "group"):
             if getattr(self, name).shape != (n_rows,):
                 raise ValueError(f"{name} must have one entry for each of the {n_rows} paths")
-        if self.digests.shape != (n_rows, 32):
-            raise ValueError(f"digests must be uint8 [{n_rows}, 32]")
+        if self.stat.shape != (n_rows, 4) or self.digests.shape != (n_rows, 32):
+            raise ValueError(f"stat must be int64 [{n_rows}, 4], and digests must be uint8 [{n_rows}, 32]")
         if n_rows and not (self.labels.min() >= -1 and self.labels.max() < len(self.class_names)):
             raise ValueError("labels must index class_names, or be -1")
         if n_rows and self.split.max() > max(Split):
@@ -84,7 +84,7 @@ class Manifest:
         """Return the manifest of these rows (a mask, or indices in the wanted order), with the same classes."""
         index = np.arange(self.n_rows)[rows]
         reasons = ((new, self.unreadable.get(old)) for new, old in enumerate(index.tolist()))
-        arrays = ("labels", "split", "size", "mtime_ns", "ctime_ns", "inode", "group", "digests")
+        arrays = ("labels", "split", "stat", "group", "digests")
         return replace(
             self,
             paths=tuple(self.paths[row] for row in index.tolist()),
@@ -94,7 +94,20 @@ class Manifest:
 
     def component(self) -> Int64Array:
         """Return int64 [N]: rows of one group or of equal bytes share a number, that of their first row."""
-        return join_groups(self.group, self.digests)
+        return self._component
+
+    @cached_property
+    def _component(self) -> Int64Array:
+        component = join_groups(self.group, self.digests)
+        component.flags.writeable = False  # it is shared
+        return component
+
+    def rows_digest(self) -> str:
+        """Return 64 hex digits that change with any row's content, label, split or group, and with their order."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        for array in (self.digests, self.labels, self.split, self.component()):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
     def has_content(self, row: int, data: bytes) -> bool:
         """Whether `data` are the bytes that the digest of `row` stands for."""
@@ -116,14 +129,15 @@ def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns
     read joins `unreadable`.
     """
     digests = np.zeros((manifest.n_rows, 32), dtype=np.uint8)
-    young = manifest.mtime_ns > scanned_ns - _YOUNG_NS
-    stats = np.stack([manifest.size, manifest.mtime_ns, manifest.ctime_ns, manifest.inode], axis=1).tolist()
+    stat = manifest.stat.copy()
+    stat[stat[:, 1] > scanned_ns - _YOUNG_NS, 1] = _UNTRUSTED_MTIME
+    stats = stat.tolist()
     to_read: list[int] = []
     for row, path in enumerate(manifest.paths):
         record = known.get(path)
         if row in manifest.unreadable:
             continue
-        if record is not None and not young[row] and list(record[:4]) == stats[row]:
+        if record is not None and record[1] != _UNTRUSTED_MTIME and list(record[:4]) == stats[row]:
             digests[row] = np.frombuffer(record[4], dtype=np.uint8)
         else:
             to_read.append(row)
@@ -133,8 +147,7 @@ def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns
             unreadable[row] = reason
         else:
             digests[row] = np.frombuffer(digest, dtype=np.uint8)
-    mtime_ns = np.where(young, _UNTRUSTED_MTIME, manifest.mtime_ns)
-    return replace(manifest, digests=digests, mtime_ns=mtime_ns, unreadable=unreadable)
+    return replace(manifest, digests=digests, stat=stat, unreadable=unreadable)
 
 
 def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, str]]:
@@ -144,16 +157,14 @@ def _digests(manifest: Manifest, rows: list[int]) -> Iterator[tuple[int, bytes, 
     def digest_block(block: list[int]) -> list[tuple[int, bytes, str]]:
         return [(row, *_digest_file(os.path.join(root, manifest.paths[row]))) for row in block]
 
-    # Blocks of rows, because a million futures would take more memory than the manifest.
+    # Blocks of rows, because handing each over would take longer than hashing a small file.
     blocks = [rows[start : start + _ROWS_PER_TASK] for start in range(0, len(rows), _ROWS_PER_TASK)]
-    pool = ThreadPoolExecutor(max_workers=n_cores())
-    try:
-        with tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None) as progress:
-            for done in pool.map(digest_block, blocks):
-                yield from done
-                progress.update(len(done))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C ends after the blocks in hand
+    progress = tqdm(total=len(rows), desc="hashing", unit="file", file=sys.stderr, disable=None)
+    # Closing: Ctrl-C ends after the blocks in hand.
+    with progress, closing(run_ahead(blocks, digest_block, workers=n_cores(), window=2 * n_cores())) as ahead:
+        for block, digested in ahead:
+            yield from digested.result()
+            progress.update(len(block))
 
 
 def _digest_file(path: str) -> tuple[bytes, str]:
@@ -183,8 +194,8 @@ def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> M
 def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
     """Return the I-th of N slices of a manifest, for "I/N": neighbouring rows, in whole batches.
 
-    Whole batches, so that a row is embedded in the place that it has without slices, where no file is unreadable or
-    has the bytes of another. Raises UsageError for other words, DataError where a slice would be empty.
+    Where `batch_size` is the device's own, no file is unreadable and none has the bytes of another, a row is embedded
+    in the place that it has without slices. Raises UsageError for other words, DataError where a slice would be empty.
     """
     match = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", part)
     if match is None or int(match[1]) > int(match[2]):

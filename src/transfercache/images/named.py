@@ -8,38 +8,33 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from PIL import Image
 
+from transfercache.environment import tlc_folder
 from transfercache.fetch import download, unpack_zip, whole_folder
 
 _HYMENOPTERA_URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 _HYMENOPTERA_SHA256 = "fbc41b31d544714d18dd1230b1e2b455e1557766e13e67f9f5a7a23af7c02209"
-# The archive has 47,286,322 bytes and 398 files of about the same size in all; room for nothing else.
+# The archive has 47,286,322 bytes, and its files about the same in all; room for nothing else.
 _HYMENOPTERA_MAX_BYTES = 64 << 20
-_HYMENOPTERA_MAX_FILES = 500
-
-
-def _folder() -> Path:
-    return platformdirs.user_cache_path("transfercache")
 
 
 def _hymenoptera() -> Path:
-    folder = _folder() / "hymenoptera"
+    folder = tlc_folder() / "hymenoptera"
     if not folder.is_dir():
         archive = download(
             _HYMENOPTERA_URL,
-            _folder() / "hymenoptera_data.zip",
+            tlc_folder() / "hymenoptera_data.zip",
             sha256=_HYMENOPTERA_SHA256,
             max_bytes=_HYMENOPTERA_MAX_BYTES,
         )
-        unpack_zip(archive, folder, max_bytes=_HYMENOPTERA_MAX_BYTES, max_files=_HYMENOPTERA_MAX_FILES)
+        unpack_zip(archive, folder, max_bytes=_HYMENOPTERA_MAX_BYTES)
         archive.unlink(missing_ok=True)
     return folder / "hymenoptera_data"
 
 
 def _digits() -> Path:
-    folder = _folder() / "digits"
+    folder = tlc_folder() / "digits"
     if not folder.is_dir():
         from sklearn.datasets import load_digits  # 1.6 s to import, and only this set needs it
 
@@ -67,7 +62,7 @@ def materialise(name: str) -> Path:
 
 def digits_subset(n_per_class: int) -> Path:
     """Return a folder with the first `n_per_class` digits of each class, for a run that must be short."""
-    folder = _folder() / f"digits-{n_per_class}"
+    folder = tlc_folder() / f"digits-{n_per_class}"
     if not folder.is_dir():
         with whole_folder(folder) as temporary:
             for class_folder in materialise("digits").iterdir():

@@ -115,7 +115,6 @@ class Scan:
         for value in group or ():
             group_codes.setdefault(value, len(group_codes) - 1)
         n_rows = len(self.paths)
-        stats = np.array(self._stats, dtype=np.int64).reshape(n_rows, 4)
         return Manifest(
             name=self._name,
             root=Path(self._root),
@@ -123,10 +122,7 @@ class Scan:
             labels=np.array([label_codes[label] for label in self._labels], dtype=np.int64),
             split=np.array(self._split, dtype=np.uint8),
             class_names=names,
-            size=stats[:, 0].copy(),
-            mtime_ns=stats[:, 1].copy(),
-            ctime_ns=stats[:, 2].copy(),
-            inode=stats[:, 3].copy(),
+            stat=np.array(self._stats, dtype=np.int64).reshape(n_rows, 4),
             group=np.array([group_codes[value] for value in group or [""] * n_rows], dtype=np.int64),
             digests=np.zeros((n_rows, 32), dtype=np.uint8),
             unreadable=self.unreadable,

@@ -139,6 +139,8 @@ def _read_csv(csv_path: Path) -> Manifest:
     _check_unique(csv_path, lines, paths, labels)
     scan = Scan(f"{csv_path.stem}-csv", root)  # apart from a folder of that name, which may lie around it
     for line, path, label, split in zip(lines, paths, labels, splits, strict=True):
+        if "\0" in path:  # a torn line: no file has such a name, and no cache may list it
+            raise DataError(f"{csv_path}: line {line}: {path!r} holds a zero byte, as no path does; correct it")
         code = _split_code(csv_path, line, split, is_labelled=has_split and bool(label))
         scan.add(path, partial(os.stat, os.path.join(root, path)), label=label, split=code)
     if not paths:

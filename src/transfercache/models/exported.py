@@ -83,19 +83,16 @@ def classifier_of(backbone: Backbone, head: LinearHead) -> Classifier:
     return Classifier(network, head.spec.backbone, head.spec.preprocessing, metadata)
 
 
-def side_by_side(engine: Engine, head: LinearHead, run: Run) -> Engine:
-    """Return an engine whose rows are tlc's own logits over the temperature and then those of `run`: [B, 2 C]."""
-    return _SideBySide(engine, head, run)
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """An engine whose rows are tlc's own logits over the temperature and then those of `run`."""
 
-
-@dataclass(eq=False)
-class _SideBySide:
     engine: Engine
     head: LinearHead
     run: Run
-    name: str = "side by side"
 
     def embed(self, pixels: npt.NDArray[np.uint8]) -> FloatArray:
+        """Return float32 [B, 2 C] for uint8 [B, H, W, 3]."""
         own = self.head.logits(self.engine.embed(pixels)) / self.head.temperatures
         images = normalise(torch.from_numpy(pixels), self.head.spec.preprocessing).contiguous().numpy()
         return np.concatenate([own, self.run(images)], axis=1)

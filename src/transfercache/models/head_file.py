@@ -23,11 +23,19 @@ from transfercache.errors import ModelError
 from transfercache.files import check_writable, write_atomic
 from transfercache.heads.linear_head import LinearHead
 from transfercache.spec import ExtractSpec
-from transfercache.strict_json import parse
+from transfercache.strict_json import each, parse, take
 from transfercache.version import __version__
 
 MODEL_SCHEMA_VERSION = 1
 _METADATA_KEY = "tlc"
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("schema_version", "n_train"), int),
+    **dict.fromkeys(("tlc_version", "solver"), str),
+    **dict.fromkeys(("spec", "chosen", "weights_source"), dict),
+    "class_names": list,
+    "temperature": float,
+    "reported": (dict, type(None)),
+}
 _BACKBONE_PREFIX = "backbone."
 _BUNDLED_PREFIX = "bundled."
 # A thousand classes with their figures take some hundred kilobytes.
@@ -132,37 +140,31 @@ def _parse(metadata: Mapping[str, str]) -> dict[str, Any]:
     if len(text) > _MAX_METADATA_BYTES:
         raise ValueError("its metadata is too large")
     description = parse(text.encode())
-    if not isinstance(description, dict):
-        raise ValueError("its metadata is not an object")
-    version = description.get("schema_version")
-    if version != MODEL_SCHEMA_VERSION:
-        raise ValueError(f"schema {version!r}, this tlc reads {MODEL_SCHEMA_VERSION}")
-    return description
+    version = description.get("schema_version") if isinstance(description, dict) else None
+    if type(version) is int and version != MODEL_SCHEMA_VERSION:
+        raise ValueError(f"schema {version}, this tlc reads {MODEL_SCHEMA_VERSION}")
+    return take(description, "its metadata", _TYPES)
 
 
 def _checked_model(tensors: Mapping[str, npt.NDArray[Any]], description: Mapping[str, Any]) -> Model:
-    class_names = description["class_names"]
-    if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-        raise ValueError("class_names must be a list of strings")
+    class_names = tuple(each(description["class_names"], str, "class_names"))
     canary = tensors["canary_logits"]
     if canary.shape != (4, len(class_names)) or canary.dtype != np.float32 or not np.isfinite(canary).all():
         raise ValueError(f"canary_logits must be finite float32 [4, {len(class_names)}]")
+    each(list(description["weights_source"].values()), str, "weights_source")
     # LinearHead checks its own parts: shapes, dtypes, finite values, different names.
     head = LinearHead(
         weight=tensors["head.weight"],
         bias=tensors["head.bias"],
-        class_names=tuple(class_names),
+        class_names=class_names,
         spec=ExtractSpec.from_json(description["spec"]),
-        solver=_of_type(description, "solver", str),
-        chosen=_of_type(description, "chosen", dict),
-        n_train=_of_type(description, "n_train", int),
-        temperature=float(_of_type(description, "temperature", float)),
+        **{name: description[name] for name in ("solver", "chosen", "n_train", "temperature")},
     )
     return Model(
         head=head,
         canary_logits=canary,
-        weights_source=_checked_source(description),
-        reported=None if description["reported"] is None else _of_type(description, "reported", dict),
+        weights_source=description["weights_source"],
+        reported=description["reported"],
         backbone_tensors=_under(_BACKBONE_PREFIX, tensors),
         bundled_tensors=_under(_BUNDLED_PREFIX, tensors),
     )
@@ -170,16 +172,3 @@ def _checked_model(tensors: Mapping[str, npt.NDArray[Any]], description: Mapping
 
 def _under(prefix: str, tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _checked_source(description: Mapping[str, Any]) -> dict[str, str]:
-    source: dict[str, str] = _of_type(description, "weights_source", dict)
-    if not all(isinstance(value, str) for value in source.values()):
-        raise ValueError("weights_source must hold strings")
-    return source
-
-
-def _of_type(description: Mapping[str, Any], name: str, kind: type) -> Any:
-    if type(description[name]) is not kind:
-        raise ValueError(f"{name} must be of type {kind.__name__}")
-    return description[name]
