@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -32,7 +32,7 @@ class BadImage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object under `bad` of the command line's JSON."""
-        return {"path": self.path, "reason": self.reason}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
