@@ -16,8 +16,9 @@ from transfercache import config
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
 from transfercache.commands.inputs import BadImage, log_bad, log_skipped
+from transfercache.commands.predict import embed_images
 from transfercache.errors import ModelError, UsageError
-from transfercache.extract.loop import Embedder, PendingView
+from transfercache.extract.loop import Embedder
 from transfercache.files import check_writable, replacing, sha256_file, write_atomic
 from transfercache.heads.fit import UNTRAINED_BIAS
 from transfercache.images.manifest import hash_files
@@ -173,13 +174,13 @@ def _logits(
     # Logits are no embeddings: none is to be refused for what float16 holds.
     spec = replace(model.head.spec, storage_dtype="float32")
     embedder = Embedder(manifest, spec, lambda: both, None, Stopwatch())
-    pending = [PendingView(slot, row) for slot, row in enumerate(np.flatnonzero(manifest.is_readable()).tolist())]
-    batch_size = min(config.EXTRACT_BATCH_SIZE, max(len(pending), 1))
-    with closing(embedder.embed(pending, batch_size=batch_size)) as batches:
-        for batch in batches:
-            bad.extend(BadImage(manifest.paths[row], reason) for row, reason in sorted(batch.bad.items()))
-            for view, row in zip(batch.views, batch.features, strict=True):
-                yield manifest.paths[view.row], row
+    views = [(row, 0) for row in np.flatnonzero(manifest.is_readable()).tolist()]
+    with closing(embed_images(embedder, views, batch_size=config.EXTRACT_BATCH_SIZE)) as images:
+        for row, outcome in images:
+            if isinstance(outcome, str):
+                bad.append(BadImage(manifest.paths[row], outcome))
+            else:
+                yield manifest.paths[row], outcome[0]
 
 
 def _compare(images: Iterator[tuple[str, FloatArray]], model: Model, *, what: str) -> Agreement:
