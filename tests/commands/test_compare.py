@@ -104,6 +104,19 @@ def test_compare__kept_results_and_fresh_ones(photos: Path) -> None:
     assert len(list((photos / "cache" / "results").glob("*.safetensors"))) == 3
 
 
+def test_compare__partial__kept_results_are_of_the_same_activations(photos: Path) -> None:
+    def run_partial(**changes: Any) -> tuple[bool, str]:
+        (entry,) = run(photos, **{"strategies": "partial", "epochs": 1, "engine": "eager", **changes}).summary.entries
+        return entry.is_kept, entry.first.chosen["cached"]
+
+    layer3 = "layer3 256x14x14"
+    assert run_partial() == (False, f"{layer3}, float16, 1 views")
+    assert run_partial(storage_dtype="float32") == (False, f"{layer3}, float32, 1 views")
+    assert run_partial(views=2) == (False, f"{layer3}, float16, 2 views")
+    # The cache keeps its views where none are given.
+    assert run_partial() == (True, f"{layer3}, float16, 2 views")
+
+
 def test_compare__relabelled_rows_are_compared_anew(photos: Path) -> None:
     run(photos, strategies="knn")
     fixes = photos / "fixes.csv"

@@ -18,7 +18,8 @@ import torch
 from transfercache import config
 from transfercache.backbones.available import RANDOM
 from transfercache.backbones.choice import Choice, choose_engine
-from transfercache.backbones.registry import load_backbone
+from transfercache.backbones.cut import frozen_part
+from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.boundary import cache_activations
 from transfercache.commands.extract import Extraction, extract_manifest
@@ -30,6 +31,7 @@ from transfercache.commands.inputs import (
     changed_words,
     finish_manifest,
     known_files,
+    known_views,
     log_bad,
 )
 from transfercache.comparison.rows import ComparedRows, find_unreadable, select_rows
@@ -186,6 +188,8 @@ def compare(
     reasons = _bad_rows(manifest, extractions, workers=workers)
     log_bad(bad_images(manifest, reasons), manifest.n_rows, on_bad=on_bad)
     rows, warnings = _rows_to_compare(manifest, reasons)
+    # Once, as the network is traced for it.
+    plan_activations = functools.cache(functools.partial(_plan_activations, manifest, root=root, options=options))
     settings = [
         Setting(
             rows=rows,
@@ -195,6 +199,7 @@ def compare(
             spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
             activations=functools.partial(cache_activations, manifest, **kept),
+            planned_activations=plan_activations,
             n_views=extractions[name].views if name in extractions else config.VIEWS,
             device=torch.device(choice.device),
             workers=workers,
@@ -245,6 +250,15 @@ def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish:
     caches = [find(root, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs]
     known = {path: file for cache in caches for path, file in known_files(cache).items()}
     return finish(manifest, known=known, scanned_ns=scanned_ns)
+
+
+def _plan_activations(
+    manifest: Manifest, backbone: Backbone, stage: str, *, root: Path, options: EmbedOptions
+) -> tuple[ExtractSpec, int]:
+    """Return the spec of the activations where `stage` ends, and the views of each image that a cache has or will."""
+    spec = options.spec(frozen_part(backbone, stage))
+    folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=spec)
+    return spec, options.views or known_views(folder)
 
 
 def _bad_rows(manifest: Manifest, extractions: Mapping[str, Extraction], *, workers: int | None) -> dict[int, str]:

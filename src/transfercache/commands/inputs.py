@@ -129,6 +129,12 @@ def known_files(folder: Path | None) -> dict[str, KnownFile]:
     return {} if rows is None else rows.known_files()
 
 
+def known_views(folder: Path | None) -> int:
+    """Return how many rows the cache at `folder` has of each image; without one, how many it would be given."""
+    rows = None if folder is None else Store(folder).rows()
+    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
+
+
 def log_bad(bad: Sequence[BadImage], n_images: int, *, on_bad: config.OnBad) -> None:
     """Say in the log how many images were left out, unless that was accepted."""
     if bad and on_bad == "fail":
