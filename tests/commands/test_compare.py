@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from transfercache.commands.compare import Comparison, compare
+from transfercache.commands.train import train_head
 from transfercache.errors import DataError, UsageError
 
 COLOURS = {"blue": (40, 60, 200), "red": (200, 60, 40)}
@@ -217,22 +218,32 @@ def test_next_command__trains_what_was_most_accurate(photos: Path) -> None:
     assert command == ("tlc", "train-head", str(cache), "--solver", "logistic")
 
 
-def test_next_command__same_rows_as_were_compared(photos: Path) -> None:
+@pytest.mark.parametrize("is_split_given", [True, False])
+def test_next_command__same_rows_as_were_compared(photos: Path, is_split_given: bool) -> None:
+    data = photos / "photos"
+    if not is_split_given:
+        shutil.rmtree(data / "val")
+        shutil.move(data / "train", photos / "drawn")
+        data.rmdir()
+        shutil.move(photos / "drawn", data)
     fixes = photos / "fixes.csv"
-    fixes.write_text("path,label\ntrain/red/0.png,blue\n")
+    fixes.write_text(f"path,label\n{'train/' if is_split_given else ''}red/0.png,blue\n")
     rows = {"labels": fixes, "val_fraction": 0.4, "split_seed": 3}
-    words = ("--labels", str(fixes), "--val-fraction", "0.4", "--split-seed", "3")
-    assert run(photos, strategies="logistic", epochs=1, **rows).next_command[-6:] == words
+    words = ("--labels", str(fixes), *(() if is_split_given else ("--val-fraction", "0.4", "--split-seed", "3")))
+    compared = run(photos, strategies="logistic", epochs=1, **rows)
+    (cache,) = (photos / "cache").glob("photos-*")
+    # The cache has the split that was drawn, and the one that the data gives is refused another.
+    assert compared.next_command == ("tlc", "train-head", str(cache), "--solver", "logistic", *words[:2])
+    trained = train_head(cache, labels=fixes, out=photos / "head.safetensors")
+    assert trained.n_train == compared.summary.n_train == (8 if is_split_given else 4)
     finetuned = run(photos, strategies="finetune", epochs=1, **rows).next_command
-    data = str(photos / "photos")
-    start = ("tlc", "finetune", data, "--backbone", "resnet18", "--weights", "random")
+    start = ("tlc", "finetune", str(data), "--backbone", "resnet18", "--weights", "random")
     assert finetuned == (*start, *words, "--epochs", "1")
     assert run(photos, strategies="pixels-knn", split_seed=3).next_command == (
         "tlc",
         "compare",
-        data,
-        "--split-seed",
-        "3",
+        str(data),
+        *(() if is_split_given else ("--split-seed", "3")),
     )
 
 

@@ -77,7 +77,8 @@ class Comparison:
     data: str
     weights: str
     caches: dict[str, Path]  # backbone -> cache folder, where it was extracted
-    row_words: tuple[str, ...]  # the options that decide on labels and split, where they are not the defaults
+    label_words: tuple[str, ...]  # the options that decide on labels, and on the split, where they are not the defaults
+    split_words: tuple[str, ...]
     epoch_words: tuple[str, ...]
     cache_words: tuple[str, ...]
     demo: Mapping[str, str | None] | None = None  # of `tlc demo`: data, backbone, and why they are not the tutorial's
@@ -89,16 +90,17 @@ class Comparison:
             return ("tlc", "compare", "my_photos/", "--backbone", str(self.demo["backbone"]))
         models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _PROBED_FIRST, *_ON_IMAGES)]
         if not models:
-            return ("tlc", "compare", self.data, *self.row_words, *self.epoch_words)
+            return ("tlc", "compare", self.data, *self.label_words, *self.split_words, *self.epoch_words)
         best = max(models, key=lambda entry: entry.accuracy).first
         backbone = str(best.backbone)
         if best.strategy not in _ON_IMAGES:
             solver = config.SOLVER if best.strategy == _PROBED_FIRST else best.strategy
-            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", solver, *self.row_words)
+            # The cache has the split: drawn anew, from labels that a file has changed, it would be another.
+            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", solver, *self.label_words)
         start = ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
         stages = [stage for group in best.chosen["groups"][:-1] for stage in group["stages"]]
         cached = ("--unfreeze", ",".join(stages), "--cached", *self.cache_words) if best.chosen["cached"] else ()
-        return (*start, *cached, *self.row_words, *self.epoch_words)
+        return (*start, *cached, *self.label_words, *self.split_words, *self.epoch_words)
 
     def as_demo(self, demo: Mapping[str, str | None], *, note: str) -> Comparison:
         """Return the same as the result of `tlc demo`, with `note` in the table's title."""
@@ -209,11 +211,7 @@ def compare(
     ]
     jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
     done: list[Entry | LeftOut] = []
-    row_words = changed_words(
-        labels=(labels, None),
-        val_fraction=(val_fraction, config.VAL_FRACTION),
-        split_seed=(split_seed, config.SPLIT_SEED),
-    )
+    draw = {"val_fraction": (val_fraction, config.VAL_FRACTION), "split_seed": (split_seed, config.SPLIT_SEED)}
 
     def comparison() -> Comparison:
         return Comparison(
@@ -222,7 +220,8 @@ def compare(
             data=str(data),
             weights=weights,
             caches={name: extraction.cache for name, extraction in extractions.items()},
-            row_words=row_words,
+            label_words=changed_words(labels=(labels, None)),
+            split_words=() if manifest.has_given_split else changed_words(**draw),
             epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
             cache_words=changed_words(cache_dir=(cache_dir, None), storage_dtype=(storage_dtype, config.STORAGE_DTYPE)),
         )
