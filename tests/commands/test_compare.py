@@ -14,7 +14,7 @@ from PIL import Image
 
 from transfercache.commands.compare import Comparison, compare
 from transfercache.commands.train import train_head
-from transfercache.errors import DataError, UsageError
+from transfercache.errors import DataError, ResourceError, UsageError
 
 COLOURS = {"blue": (40, 60, 200), "red": (200, 60, 40)}
 
@@ -282,6 +282,14 @@ def test_compare__words_that_are_off(
 ) -> None:
     with pytest.raises(error, match=message):
         run(photos, **changes)
+
+
+def test_compare__results_that_cannot_be_written__are_refused_before_anything_runs(photos: Path) -> None:
+    (photos / "file").touch()
+    for path, why in ((photos, "Is a directory"), (photos / "file" / "results.json", "Not a directory|File exists")):
+        with pytest.raises(ResourceError, match=rf"cannot be written \(({why})\); choose another path"):
+            run(photos, strategies="pixels-knn", results=path)
+    assert not (photos / "cache").exists()
 
 
 def test_compare__nothing_is_held_out(photos: Path) -> None:

@@ -41,7 +41,7 @@ from transfercache.comparison.strategy import Setting, Source
 from transfercache.comparison.summary import Entry, LeftOut, Summary
 from transfercache.environment import describe_environment
 from transfercache.errors import UsageError
-from transfercache.files import resource_errors, write_atomic
+from transfercache.files import check_writable, write_atomic
 from transfercache.images.decoders import pick_decoder
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
@@ -179,6 +179,8 @@ def compare(
         finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
     )
     manifest = _read(data, [options.spec(item) for item in loaded], root=root, finish=finish)
+    if results is not None:
+        check_writable(Path(results))  # hours of training must not end in a file that cannot be written
     kept: _Kept = {
         "cache_dir": root,
         "options": options,
@@ -230,7 +232,7 @@ def compare(
     for item in run_jobs(jobs, deadline=deadline, on_estimate=on_estimate):
         done.append(item)
         if results is not None:
-            _write(comparison(), Path(results))
+            write_atomic(Path(results), json.dumps(comparison().to_json(), allow_nan=False).encode())
         if on_result is not None and isinstance(item, Entry):
             on_result(comparison())
     return comparison()
@@ -302,9 +304,3 @@ def _summarise(
         warnings=warnings,
         environment={**describe_environment(), "device": device},
     )
-
-
-def _write(comparison: Comparison, path: Path) -> None:
-    with resource_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(comparison.to_json(), allow_nan=False).encode())
