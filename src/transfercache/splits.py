@@ -146,9 +146,12 @@ def complete_split(
     return completed
 
 
-def count_straddling(split: UInt8Array, component: Int64Array) -> int:
-    """Count the components that a given split divides between train, val and test."""
-    assigned = split != Split.NONE
+def count_straddling(split: UInt8Array, labels: Int64Array, component: Int64Array) -> int:
+    """Count the components whose labelled rows a given split divides between train, val and test.
+
+    `labels` int64 [N] is -1 where a row has none, or is not readable.
+    """
+    assigned = (split != Split.NONE) & (labels >= 0)
     pairs = np.unique(np.stack([component[assigned], split[assigned].astype(np.int64)]), axis=1)
     _, counts = np.unique(pairs[0], return_counts=True)
     return int(np.sum(counts > 1))

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from transfercache.commands.compare import Comparison, compare
+from transfercache.commands.extract import extract_features
+from transfercache.commands.finetune import finetune
 from transfercache.commands.train import train_head
 from transfercache.errors import DataError, ResourceError, UsageError
 
@@ -256,6 +258,31 @@ def test_compare__straddling_rows_are_counted_once_and_alike(photos: Path) -> No
     (warning,) = (line for line in result.summary.warnings if "lie on both sides" in line)
     assert warning.startswith("7 groups")
     assert result._repr_html_().count("lie on both sides") == 1
+
+
+def test_straddling__every_command_counts_good_labelled_rows_alone(photos: Path) -> None:
+    pixels = photos / "photos"
+    for name in ("test/red", "test/blue"):
+        (pixels / name).mkdir(parents=True)
+        shutil.copy(pixels / "val" / name[5:] / "0.png", pixels / name / "0.png")
+        shutil.copy(pixels / "val" / name[5:] / "1.png", pixels / name / "1.png")
+    for name in ("train/red/1.png", "test/red/0.png"):
+        (pixels / name).write_text("the same words, and no image")
+    lines = [f"{path},{path.parent.name},{path.parent.parent.name}" for path in sorted(pixels.rglob("*.png"))]
+    shutil.copy(pixels / "train" / "red" / "0.png", photos / "unlabelled.png")
+    data = photos / "rows.csv"
+    data.write_text("\n".join(["path,label,split", *lines, f"{photos}/unlabelled.png,,val"]))
+    given: dict[str, Any] = {"weights": "random", "on_bad": "skip"}
+    extraction = extract_features(data, **given, cache_dir=photos / "cache")
+    counts = {
+        "extract-features": extraction.straddling,
+        "train-head": train_head(extraction, C=1.0, out=photos / "head.safetensors").straddling,
+        "finetune": finetune(data, **given, epochs=1, out=photos / "finetuned.safetensors").straddling,
+        "compare": compare(data, strategies="knn", **given, cache_dir=photos / "cache").summary.straddling,
+    }
+    # Of four sets that val and test share, three have no bad image; those of bad images, and of one without a label,
+    # flatter nobody.
+    assert counts == dict.fromkeys(counts, 3)
 
 
 def test_as_demo__document_title_and_next_command(photos: Path) -> None:

@@ -224,7 +224,8 @@ def finetune(
         save_model(model, path)
         curve = [asdict(epoch) for epoch in result.epochs]
         seconds, kept_trials = add_search(result.seconds, trials), trials_to_json(trials)
-        data_of_card = _card_data(manifest, result)
+        good = _without_bad(manifest, result)
+        data_of_card = CardData(good.name, good.digests, good.labels, good.split)
         save_card(path, model, data_of_card, seconds=seconds["total"], epochs=curve, trials=kept_trials)
         checkpoints.remove()
     bad = tuple(BadImage(path, reason) for path, reason in result.bad)
@@ -236,7 +237,7 @@ def finetune(
         epochs=result.epochs,
         chosen_epoch=result.chosen_epoch,
         n_train=result.n_train,
-        straddling=count_straddling(manifest.split, manifest.component()),
+        straddling=count_straddling(good.split, good.labels, good.component()),
         reported=reported,
         trials=trials,
         seconds=seconds,
@@ -283,10 +284,9 @@ def _check_unused(**options: tuple[object, object]) -> None:
         raise UsageError(f"{' '.join(given)}: is of cached activations; pass --cached as well, or leave it out")
 
 
-def _card_data(manifest: Manifest, result: FinetuneResult) -> CardData:
+def _without_bad(manifest: Manifest, result: FinetuneResult) -> Manifest:
     bad = {path for path, _ in result.bad}
-    good = manifest.subset(np.array([path not in bad for path in manifest.paths]))
-    return CardData(good.name, good.digests, good.labels, good.split)
+    return manifest.subset(np.array([path not in bad for path in manifest.paths]))
 
 
 def report_finetuned(manifest: Manifest, result: FinetuneResult) -> Report | None:
