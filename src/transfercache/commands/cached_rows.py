@@ -56,7 +56,12 @@ def open_cached(cache: str | Path | Extraction, *, backbone: str, weights: str, 
     if found is None:
         raise DataError(f"{folder}: no cache of it for {backbone} under {root}; make it with: {shlex.join(words)}")
     opened = open_cache(found)
-    words += changed_words(storage_dtype=(opened.spec.storage_dtype, "float32"))
+    spec = opened.spec
+    words += changed_words(
+        storage_dtype=(spec.storage_dtype, "float32"),
+        compute=(spec.compute, "fp32"),
+        decode=(spec.preprocessing.decoder, config.DECODE),
+    )
     if _is_stale(opened, manifest):
         raise DataError(f"{folder}: has changed since {found} was made; bring that up to date: {shlex.join(words)}")
     n_relabelled = int(np.sum(opened.rows.label[opened.rows.view == 0] != manifest.labels))
