@@ -8,6 +8,7 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.errors import UsageError
 from transfercache.randomness import derive_rng
 
 Int64Array = npt.NDArray[np.int64]
@@ -78,6 +79,12 @@ def majority_labels(labels: Int64Array, component: Int64Array) -> Int64Array:
     majority = np.full(int(index.max()) + 1, -1, dtype=np.int64)
     majority[of_pair[order]] = label[order]
     return majority[index]
+
+
+def check_val_fraction(val_fraction: float) -> None:
+    """Raise UsageError for what is no share of the rows."""
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction} must be at least 0 and below 1, for example 0.2")
 
 
 def hash_split(

@@ -18,7 +18,7 @@ from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import cache_root, changed_words
 from transfercache.errors import DataError, UsageError
 from transfercache.overlay import overlay
-from transfercache.splits import complete_split
+from transfercache.splits import check_val_fraction, complete_split
 
 if TYPE_CHECKING:
     from transfercache.commands.extract import Extraction
@@ -101,6 +101,8 @@ def labelled_table(
     Where `val_fraction` or `split_seed` is given, the split is drawn anew, as extraction draws it. Rows that only the
     file labels are then split among themselves; where the data gives its split, they are in none.
     """
+    if val_fraction is not None:
+        check_val_fraction(val_fraction)
     table = cache.stored_table()
     is_redrawn = val_fraction is not None or split_seed is not None
     if is_redrawn and cache.catalogue.has_given_split:
