@@ -33,15 +33,7 @@ from transfercache.finetuning.loop import finetune as train
 from transfercache.finetuning.loop import identify_run
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.result import EpochRecord, FinetuneResult
-from transfercache.finetuning.search import (
-    Trial,
-    Values,
-    check_search,
-    choose_trial,
-    combine,
-    name_flag,
-    search,
-)
+from transfercache.finetuning.search import Trial, Values, check_search, choose_trial, combine, search
 from transfercache.heads.linear_head import LinearHead
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
@@ -50,6 +42,7 @@ from transfercache.models.card import CardData, save_card
 from transfercache.models.head_file import Model, load_model, save_model
 from transfercache.splits import Split, count_straddling
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from transfercache.images.labels import overlay_labels
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
 from transfercache.spec import DECODERS, POOLED, ExtractSpec
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag, name_value
 
 if TYPE_CHECKING:
     from transfercache.backbones.known import FrozenBackbone
@@ -80,7 +81,7 @@ def cache_root(cache_dir: Path | str | None) -> Path:
 def changed_words(**options: tuple[object, object]) -> tuple[str, ...]:
     """Return `--name value` of each (value, default) where these differ."""
     changed = {name: value for name, (value, default) in options.items() if value != default}
-    return tuple(word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value)))
+    return tuple(word for name, value in changed.items() for word in (f"--{name_flag(name)}", name_value(value)))
 
 
 def finish_manifest(

@@ -36,6 +36,7 @@ from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
 from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag
 
 # Of what a checkpoint holds; one of another number is of another run.
 _CHECKPOINT_FORMAT = 2
@@ -133,7 +134,7 @@ def identify_run(
     for array in (manifest.digests, manifest.labels, manifest.split, manifest.component()):
         rows.update(np.ascontiguousarray(array).tobytes())
     # The number of threads changes no bit.
-    named = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "workers"}
+    named = {f"--{name_flag(name)}": value for name, value in asdict(options).items() if name != "workers"}
     return {
         **named,
         "format": _CHECKPOINT_FORMAT,
