@@ -95,8 +95,9 @@ def test_hash_split__adding_a_file_moves_at_most_one_other(numbers: list[int], n
     def val_files(files: list[int]) -> set[int]:
         content = content_of(*files)
         component = join_groups(ints(*[-1] * len(files)), content)
-        split = hash_split(ints(*[0] * len(files)), component, content, val_fraction=fraction, seed=0)
-        assert count_straddling(split, component) == 0
+        labels = ints(*[0] * len(files))
+        split = hash_split(labels, component, content, val_fraction=fraction, seed=0)
+        assert count_straddling(split, labels, component) == 0
         return {file for file, code in zip(files, split.tolist(), strict=True) if code == Split.VAL}
 
     moved = val_files(numbers) ^ val_files([*numbers, new])
@@ -111,7 +112,8 @@ def test_hash_split__adding_a_file_moves_at_most_one_other(numbers: list[int], n
 def test_hash_split__groups_never_straddle_and_a_new_single_moves_one_group(groups: list[int], place: int) -> None:
     numbers = list(range(1, len(groups) + 1))
     before = split_of(numbers, groups=groups)
-    assert count_straddling(before, join_groups(ints(*groups), content_of(*numbers))) == 0
+    labels = ints(*[0] * len(groups))
+    assert count_straddling(before, labels, join_groups(ints(*groups), content_of(*numbers))) == 0
     place = min(place, len(groups))
     after = np.delete(
         split_of([*numbers[:place], 999, *numbers[place:]], groups=[*groups[:place], 99, *groups[place:]]), place
@@ -149,8 +151,10 @@ def test_hash_split__a_mixed_group_moves_as_a_whole_with_its_majority() -> None:
 
 def test_count_straddling__counts_components_and_ignores_unassigned_rows() -> None:
     split = np.array([1, 2, 1, 1, 0, 3, 3], dtype=np.uint8)
-    assert count_straddling(split, ints(0, 0, 2, 3, 3, 5, 2)) == 2
-    assert count_straddling(np.array([], dtype=np.uint8), ints()) == 0
+    component = ints(0, 0, 2, 3, 3, 5, 2)
+    assert count_straddling(split, np.zeros(7, dtype=np.int64), component) == 2
+    assert count_straddling(split, ints(0, -1, 0, 0, 0, 0, 0), component) == 1  # an unlabelled copy flatters nobody
+    assert count_straddling(np.array([], dtype=np.uint8), ints(), ints()) == 0
 
 
 def test_assign_folds__stratifies_and_never_divides_a_component() -> None:

@@ -43,10 +43,9 @@ def check_classes(
         warnings += lines[:_MAX_WARNINGS_OF_A_KIND]
         if len(lines) > _MAX_WARNINGS_OF_A_KIND:
             warnings.append(f"... and {len(lines) - _MAX_WARNINGS_OF_A_KIND} more classes like these")
-    labelled = labels >= 0
-    if n_straddling := count_straddling(split[labelled], component[labelled]):
+    if n_straddling := count_straddling(split, labels, component):
         warnings.append(f"{n_straddling} groups or sets of equal images lie on both sides of the given split")
-    n_unused = int(np.sum(labelled & (split == Split.NONE)))
+    n_unused = int(np.sum((labels >= 0) & (split == Split.NONE)))
     if n_unused:
         warnings.append(f"{n_unused} labelled images are in no split: they are scored, never trained or reported on")
     return warnings

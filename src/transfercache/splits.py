@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.errors import UsageError
 from transfercache.randomness import derive_rng
 
 Int64Array = npt.NDArray[np.int64]
@@ -93,6 +94,12 @@ def majority_labels(labels: Int64Array, component: Int64Array) -> Int64Array:
     return majority[index]
 
 
+def check_val_fraction(val_fraction: float) -> None:
+    """Raise UsageError for what is no share of the rows."""
+    if not 0 <= val_fraction < 1:
+        raise UsageError(f"--val-fraction {val_fraction} must be at least 0 and below 1, for example 0.2")
+
+
 def hash_split(
     labels: Int64Array, component: Int64Array, content: UInt8Array, *, val_fraction: float, seed: int
 ) -> UInt8Array:
@@ -159,9 +166,12 @@ def complete_split(
     return completed
 
 
-def count_straddling(split: UInt8Array, component: Int64Array) -> int:
-    """Count the components that a given split divides between train, val and test."""
-    assigned = split != Split.NONE
+def count_straddling(split: UInt8Array, labels: Int64Array, component: Int64Array) -> int:
+    """Count the components whose labelled rows a given split divides between train, val and test.
+
+    `labels` int64 [N] is -1 where a row has none, or is not readable.
+    """
+    assigned = (split != Split.NONE) & (labels >= 0)
     pairs = np.unique(np.stack([component[assigned], split[assigned].astype(np.int64)]), axis=1)
     _, counts = np.unique(pairs[0], return_counts=True)
     return int(np.sum(counts > 1))

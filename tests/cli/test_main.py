@@ -112,7 +112,7 @@ def test_unexpected_error__has_its_code_and_line(
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("transfercache.commands.train.train_head", failing)
+    monkeypatch.setattr("transfercache.train_head", failing)
     ended = tlc("train-head", "x")
     assert (ended.code, ended.out) == (code, "")
     assert ended.err.startswith(line)
@@ -124,13 +124,13 @@ CHECKPOINTS_KEPT = "; its checkpoints are kept, and the same command with --resu
 
 
 @pytest.mark.parametrize(
-    ("module", "command", "words", "rest"),
+    ("command", "words", "rest"),
     [
-        ("extract", "extract_features", ("extract-features", "x"), KEPT),
-        ("compare", "compare", ("compare", "x"), KEPT),
-        ("demo", "demo", ("demo",), KEPT),
-        ("finetune", "finetune", ("finetune", "x"), CHECKPOINTS_KEPT),
-        ("predict", "predict", ("predict", "x", "y"), ""),
+        ("extract_features", ("extract-features", "x"), KEPT),
+        ("compare", ("compare", "x"), KEPT),
+        ("demo", ("demo",), KEPT),
+        ("finetune", ("finetune", "x"), CHECKPOINTS_KEPT),
+        ("predict", ("predict", "x", "y"), ""),
     ],
 )
 @pytest.mark.parametrize(
@@ -144,7 +144,6 @@ CHECKPOINTS_KEPT = "; its checkpoints are kept, and the same command with --resu
 def test_interruption__says_what_this_command_keeps(
     tlc: Run,
     monkeypatch: pytest.MonkeyPatch,
-    module: str,
     command: str,
     words: tuple[str, ...],
     rest: str,
@@ -155,7 +154,7 @@ def test_interruption__says_what_this_command_keeps(
     def failing(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(f"transfercache.commands.{module}.{command}", failing)
+    monkeypatch.setattr(f"transfercache.{command}", failing)
     ended = tlc(*words)
     assert (ended.code, ended.out, ended.err) == (code, "", f"{start}{rest}\n")
 

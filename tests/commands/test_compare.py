@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from transfercache.commands.compare import Comparison, compare
-from transfercache.errors import DataError, UsageError
+from transfercache.commands.extract import extract_features
+from transfercache.commands.finetune import finetune
+from transfercache.commands.train import train_head
+from transfercache.errors import DataError, ResourceError, UsageError
 
 COLOURS = {"blue": (40, 60, 200), "red": (200, 60, 40)}
 
@@ -102,6 +105,19 @@ def test_compare__kept_results_and_fresh_ones(photos: Path) -> None:
         item["seconds"] for item in first.to_json()["strategies"]
     ]
     assert len(list((photos / "cache" / "results").glob("*.safetensors"))) == 3
+
+
+def test_compare__partial__kept_results_are_of_the_same_activations(photos: Path) -> None:
+    def run_partial(**changes: Any) -> tuple[bool, str]:
+        (entry,) = run(photos, **{"strategies": "partial", "epochs": 1, "engine": "eager", **changes}).summary.entries
+        return entry.is_kept, entry.first.chosen["cached"]
+
+    layer3 = "layer3 256x14x14"
+    assert run_partial() == (False, f"{layer3}, float16, 1 views")
+    assert run_partial(storage_dtype="float32") == (False, f"{layer3}, float32, 1 views")
+    assert run_partial(views=2) == (False, f"{layer3}, float16, 2 views")
+    # The cache keeps its views where none are given.
+    assert run_partial() == (True, f"{layer3}, float16, 2 views")
 
 
 def test_compare__relabelled_rows_are_compared_anew(photos: Path) -> None:
@@ -204,22 +220,32 @@ def test_next_command__trains_what_was_most_accurate(photos: Path) -> None:
     assert command == ("tlc", "train-head", str(cache), "--solver", "logistic")
 
 
-def test_next_command__same_rows_as_were_compared(photos: Path) -> None:
+@pytest.mark.parametrize("is_split_given", [True, False])
+def test_next_command__same_rows_as_were_compared(photos: Path, is_split_given: bool) -> None:
+    data = photos / "photos"
+    if not is_split_given:
+        shutil.rmtree(data / "val")
+        shutil.move(data / "train", photos / "drawn")
+        data.rmdir()
+        shutil.move(photos / "drawn", data)
     fixes = photos / "fixes.csv"
-    fixes.write_text("path,label\ntrain/red/0.png,blue\n")
+    fixes.write_text(f"path,label\n{'train/' if is_split_given else ''}red/0.png,blue\n")
     rows = {"labels": fixes, "val_fraction": 0.4, "split_seed": 3}
-    words = ("--labels", str(fixes), "--val-fraction", "0.4", "--split-seed", "3")
-    assert run(photos, strategies="logistic", epochs=1, **rows).next_command[-6:] == words
+    words = ("--labels", str(fixes), *(() if is_split_given else ("--val-fraction", "0.4", "--split-seed", "3")))
+    compared = run(photos, strategies="logistic", epochs=1, **rows)
+    (cache,) = (photos / "cache").glob("photos-*")
+    # The cache has the split that was drawn, and the one that the data gives is refused another.
+    assert compared.next_command == ("tlc", "train-head", str(cache), "--solver", "logistic", *words[:2])
+    trained = train_head(cache, labels=fixes, out=photos / "head.safetensors")
+    assert trained.n_train == compared.summary.n_train == (8 if is_split_given else 4)
     finetuned = run(photos, strategies="finetune", epochs=1, **rows).next_command
-    data = str(photos / "photos")
-    start = ("tlc", "finetune", data, "--backbone", "resnet18", "--weights", "random")
+    start = ("tlc", "finetune", str(data), "--backbone", "resnet18", "--weights", "random")
     assert finetuned == (*start, *words, "--epochs", "1")
     assert run(photos, strategies="pixels-knn", split_seed=3).next_command == (
         "tlc",
         "compare",
-        data,
-        "--split-seed",
-        "3",
+        str(data),
+        *(() if is_split_given else ("--split-seed", "3")),
     )
 
 
@@ -232,6 +258,31 @@ def test_compare__straddling_rows_are_counted_once_and_alike(photos: Path) -> No
     (warning,) = (line for line in result.summary.warnings if "lie on both sides" in line)
     assert warning.startswith("7 groups")
     assert result._repr_html_().count("lie on both sides") == 1
+
+
+def test_straddling__every_command_counts_good_labelled_rows_alone(photos: Path) -> None:
+    pixels = photos / "photos"
+    for name in ("test/red", "test/blue"):
+        (pixels / name).mkdir(parents=True)
+        shutil.copy(pixels / "val" / name[5:] / "0.png", pixels / name / "0.png")
+        shutil.copy(pixels / "val" / name[5:] / "1.png", pixels / name / "1.png")
+    for name in ("train/red/1.png", "test/red/0.png"):
+        (pixels / name).write_text("the same words, and no image")
+    lines = [f"{path},{path.parent.name},{path.parent.parent.name}" for path in sorted(pixels.rglob("*.png"))]
+    shutil.copy(pixels / "train" / "red" / "0.png", photos / "unlabelled.png")
+    data = photos / "rows.csv"
+    data.write_text("\n".join(["path,label,split", *lines, f"{photos}/unlabelled.png,,val"]))
+    given: dict[str, Any] = {"weights": "random", "on_bad": "skip"}
+    extraction = extract_features(data, **given, cache_dir=photos / "cache")
+    counts = {
+        "extract-features": extraction.straddling,
+        "train-head": train_head(extraction, C=1.0, out=photos / "head.safetensors").straddling,
+        "finetune": finetune(data, **given, epochs=1, out=photos / "finetuned.safetensors").straddling,
+        "compare": compare(data, strategies="knn", **given, cache_dir=photos / "cache").summary.straddling,
+    }
+    # Of four sets that val and test share, three have no bad image; those of bad images, and of one without a label,
+    # flatter nobody.
+    assert counts == dict.fromkeys(counts, 3)
 
 
 def test_as_demo__document_title_and_next_command(photos: Path) -> None:
@@ -258,6 +309,14 @@ def test_compare__words_that_are_off(
 ) -> None:
     with pytest.raises(error, match=message):
         run(photos, **changes)
+
+
+def test_compare__results_that_cannot_be_written__are_refused_before_anything_runs(photos: Path) -> None:
+    (photos / "file").touch()
+    for path, why in ((photos, "Is a directory"), (photos / "file" / "results.json", "Not a directory|File exists")):
+        with pytest.raises(ResourceError, match=rf"cannot be written \(({why})\); choose another path"):
+            run(photos, strategies="pixels-knn", results=path)
+    assert not (photos / "cache").exists()
 
 
 def test_compare__nothing_is_held_out(photos: Path) -> None:

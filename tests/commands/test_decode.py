@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transfercache.commands.compare import compare
 from transfercache.commands.extract import Extraction, extract_features
 from transfercache.commands.predict import load, predict
 from transfercache.commands.train import train_head
-from transfercache.errors import ModelError, ResourceError, UsageError
+from transfercache.errors import DataError, ModelError, ResourceError, UsageError
 from transfercache.images.decode import decode_image
 from transfercache.images.transforms import eval_pixels
 
@@ -79,6 +80,15 @@ def test_fast__what_is_computed_is_near_pillows(large: Path, tmp_path: Path) -> 
     a, b = fast.arrays()[0], plain.arrays()[0]
     np.testing.assert_allclose(a, b, atol=1e-2 * np.abs(b).max())
     assert not np.array_equal(a, b)  # a grey level here and there: else it was Pillow that resized
+
+
+def test_train_head__of_data_that_has_changed__names_the_policy_of_its_cache(large: Path, tmp_path: Path) -> None:
+    photos, cache_dir = tmp_path / "photos", tmp_path / "cache"
+    shutil.copytree(large, photos)
+    extract_features(photos, backbone=BACKBONE, weights="random", decode="draft", cache_dir=cache_dir)
+    (photos / "cat" / "1.jpg").unlink()
+    with pytest.raises(DataError, match=r"bring that up to date: tlc extract-features .* --decode draft$"):
+        train_head(photos, backbone=BACKBONE, weights="random", cache_dir=cache_dir)
 
 
 def test_compare__extracts_by_the_policy(large: Path, shrunk: Extraction) -> None:

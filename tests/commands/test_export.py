@@ -237,12 +237,15 @@ def test_check__names_the_image_on_which_it_differs(
         export(head, out=tmp_path / "net.pth", check=white)
 
 
-def test_check__lists_what_is_unreadable(head: Path, draw_photos: Callable[..., Path], tmp_path: Path) -> None:
+def test_check__lists_what_is_unreadable(
+    head: Path, draw_photos: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data = draw_photos(tmp_path / "data", ["a.png", "b.png"])
     (data / "c.png").write_text("text")
     result = export(head, out=tmp_path / "net.pth", check=data)
     assert [(item.path, item.reason) for item in result.bad] == [("c.png", "not an image (it starts like text)")]
     assert result.agreement.n_images == 6
+    assert next(line for line in caplog.messages if "unreadable" in line).startswith("1 of 3 images are unreadable")
 
 
 def test_bf16__is_exported_in_float32_and_says_so(pets: Path, head: Path, tmp_path: Path) -> None:

@@ -387,6 +387,31 @@ def test_tta__of_unreadable_images__names_each_once(
     ]
 
 
+@pytest.mark.parametrize("view", [0, 1])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_tta__image_that_has_no_embedding_in_one_view__is_bad(
+    head: Path, draw_photos: Callable[..., Path], tmp_path: Path, batch_size: int, view: int
+) -> None:
+    data = draw_photos(tmp_path / "data", ["a.png", "b.png"])
+    model = load(head)
+    engine = model.engine
+    embed, n_done = engine.embed, 0
+
+    def embed_badly(pixels: np.ndarray) -> np.ndarray:
+        nonlocal n_done
+        features = embed(pixels).copy()
+        at = 2 + view - n_done  # of b.png
+        if 0 <= at < len(features):
+            features[at] = np.nan
+        n_done += len(features)
+        return features
+
+    engine.embed = embed_badly
+    good, bad = model.predict(data, tta=True, batch_size=batch_size, cache_dir=tmp_path / "none").images
+    assert good.reason is None
+    assert (bad.label, bad.reason) == (None, "its embedding is not finite (NaN or infinity); are the weights damaged?")
+
+
 def test_predict__of_a_calibrated_head__divides_by_its_temperature(
     mirrored: tuple[Path, HeadResult], tmp_path: Path
 ) -> None:

@@ -169,6 +169,19 @@ def test_split_seed_and_val_fraction__draw_the_split_that_extraction_draws(
     assert (result.n_train, result.reported.n) == (8, 8)
 
 
+@pytest.mark.parametrize("val_fraction", [1.5, 1.0, -0.1, float("nan")])
+def test_val_fraction__that_is_no_share(
+    extraction: Extraction, pets: Path, tmp_path: Path, val_fraction: float
+) -> None:
+    for command in (
+        lambda: train_head(extraction, val_fraction=val_fraction),
+        lambda: extract_features(pets, weights="random", val_fraction=val_fraction, cache_dir=tmp_path / "cache"),
+    ):
+        with pytest.raises(UsageError, match=rf"^--val-fraction {val_fraction} must be at least 0 and below 1, for ex"):
+            command()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_labels__of_data_that_gives_its_split__leave_new_rows_in_none(pets: Path, flat: Path, tmp_path: Path) -> None:
     lines = ["path,label,split"]
     for split, numbers in (("train", range(5)), ("val", range(5, 8))):

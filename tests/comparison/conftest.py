@@ -133,6 +133,7 @@ def make_setting(backbone: Backbone) -> MakeSetting:
                 MadeEmbeddings(embed(manifest, backbone), RECORD),
                 Activations(stage, embed(manifest, frozen_part(backbone, stage)), {}),
             ),
+            planned_activations=lambda backbone, stage: (spec_of(frozen_part(backbone, stage)), 1),
             n_views=1,
             device=torch.device("cpu"),
             workers=1,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from transfercache.backbones.cut import frozen_part
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison import trained, tutorial
 from transfercache.comparison.results import save_result
@@ -24,6 +25,7 @@ from transfercache.heads.fit import fit_head
 from transfercache.heads.knn import knn_probabilities
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
+from transfercache.spec import ExtractSpec
 
 from .conftest import RECORD, MakeSetting, read, spec_of, write_photos
 
@@ -280,6 +282,24 @@ def test_result_path__changes_with_what_the_result_depends_on(
     ]
     assert len({path, *others}) == 6
     assert result_path(folder, strategy("finetune"), replace(setting, workers=7), 0) == path
+
+
+def test_result_path__partial__is_of_its_activations_and_not_of_the_embeddings(
+    setting: Setting, backbone: Backbone
+) -> None:
+    spec = spec_of(frozen_part(backbone, "layer3"))
+
+    def path_of(spec: ExtractSpec, planned_views: int, **changes: Any) -> Path:
+        asked: list[str] = []
+        changed = replace(
+            setting, planned_activations=lambda _, stage: asked.append(stage) or (spec, planned_views), **changes
+        )
+        path = result_path(Path(), strategy("partial"), changed, 0)
+        assert asked == ["layer3"]
+        return path
+
+    assert len({path_of(spec, 1), path_of(spec, 4), path_of(replace(spec, storage_dtype="float16"), 1)}) == 3
+    assert path_of(spec, 1, n_views=4) == path_of(spec, 1)
 
 
 def test_result_path__only_what_matters(setting: Setting) -> None:

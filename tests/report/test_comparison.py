@@ -84,7 +84,8 @@ def test_caption__says_what_the_figures_are(summary: Summary) -> None:
     assert lines == [
         "first run: from images; further run: with what is cached. Excluded: interpreter start, imports, downloads, "
         "reading the weights.",
-        "extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 images.",
+        "resnet18: embeddings extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 "
+        "images.",
         "a processor, 2 cores (AVX2); python 3.11.7, torch 2.15.0.",
         "tutorial-*: images loaded by 2 worker processes (the tutorial has 4).",
         "These 6 images alone do not tell any two of them apart (paired test, p >= 0.05, not adjusted for the number "
@@ -123,18 +124,30 @@ def test_caption__kept_on_another_machine() -> None:
 
 def extraction_lines(**changes: Any) -> list[str]:
     entry = make_entry("knn", [6], extraction={**RECORD, **changes})
-    return [line for line in caption(make_summary(entry)) if line.startswith(("extracted", "extraction:"))]
+    return [line for line in caption(make_summary(entry)) if "extracted" in line or line.startswith("extraction:")]
 
 
 def test_caption__extraction_on_several_machines() -> None:
     assert extraction_lines(is_from_this_run=True) == []
     same = {**RUN, "date": "2026-11-02T10:00:00+00:00"}
     assert extraction_lines(runs=[RUN, same]) == [
-        "extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 images."
+        "resnet18: embeddings extracted earlier, 2026-11-01T10:00:00+00:00 on an older processor: 17.0 s for 14 images."
     ]
     assert extraction_lines(runs=[RUN, {**same, **HERE, "seconds": 2.0, "images": 5}]) == [
-        "extracted in parts, 2026-11-01T10:00:00+00:00 on an older processor, 2 cores (none known): 17.0 s for 14 "
-        "images; 2026-11-02T10:00:00+00:00 on a processor, 2 cores (AVX2): 2.00 s for 5 images."
+        "resnet18: embeddings extracted in parts, 2026-11-01T10:00:00+00:00 on an older processor, 2 cores (none "
+        "known): 17.0 s for 14 images; 2026-11-02T10:00:00+00:00 on a processor, 2 cores (AVX2): 2.00 s for 5 images."
+    ]
+
+
+def test_caption__says_of_each_extraction_what_it_is_of() -> None:
+    heads = [make_entry(name, [6]) for name in ("knn", "logistic")]
+    partial = make_entry("partial", [6], chosen={"cached": "layer3 256x14x14, float16, 1 views"})
+    other = make_entry("knn (vit_b_16)", [6], backbone="vit_b_16")
+    lines = [line for line in caption(make_summary(*heads, partial, other)) if "extracted" in line]
+    assert [line.split(" extracted earlier, ")[0] for line in lines] == [
+        "resnet18: activations (layer3 256x14x14, float16, 1 views)",
+        "resnet18: embeddings",
+        "vit_b_16: embeddings",
     ]
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from transfercache.cli import options
-from transfercache.cli.output import finish
+from transfercache.cli.output import call, finish_as_asked, run
 from transfercache.errors import UsageError
 from transfercache.text import one_line
-
-if TYPE_CHECKING:
-    from transfercache.commands.cache import CacheResult
 
 _HELP = "Folders, or names under --cache-dir."
 Caches = Annotated[list[Path], typer.Argument(metavar="CACHE", help=_HELP)]
@@ -27,9 +23,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 def list_caches(cache_dir: options.CacheDir = None, json: options.Json = False) -> int:
     """List the caches under --cache-dir: what each holds, takes, and could do without."""
-    from transfercache.commands.cache import list_caches as command
-
-    return finish(command(cache_dir=cache_dir), as_json=json)
+    return run("list_caches", locals())
 
 
 def cache_info(
@@ -38,16 +32,12 @@ def cache_info(
     json: options.Json = False,
 ) -> int:
     """Describe a cache: its spec, classes, shards and bytes, and the runs that made it."""
-    from transfercache.commands.cache import cache_info as command
-
-    return finish(command(cache, cache_dir=cache_dir), as_json=json)
+    return run("cache_info", locals())
 
 
 def verify_cache(caches: AnyCaches = None, cache_dir: options.CacheDir = None, json: options.Json = False) -> int:
     """Prove every byte of every file; each problem is a line on stderr, and the exit code is then 4."""
-    from transfercache.commands.cache import verify_cache as command
-
-    return finish(command(caches, cache_dir=cache_dir), as_json=json)
+    return run("verify_cache", locals())
 
 
 def prune_caches(
@@ -72,10 +62,7 @@ def prune_caches(
     written is passed over. The used rows of a shard are copied before the old shard goes, which takes their space
     for that while.
     """
-    from transfercache.commands.cache import prune_caches as command
-
-    free = functools.partial(command, caches, cache_dir=cache_dir, older_than=older_than)
-    return _free(free, dry_run=dry_run, yes=yes, as_json=json)
+    return _free("prune_caches", locals())
 
 
 def remove_caches(
@@ -86,18 +73,17 @@ def remove_caches(
     json: options.Json = False,
 ) -> int:
     """Remove caches, torn ones too. Files that are not tlc's stay, and their folder with them."""
-    from transfercache.commands.cache import remove_caches as command
-
-    return _free(functools.partial(command, caches, cache_dir=cache_dir), dry_run=dry_run, yes=yes, as_json=json)
+    return _free("remove_caches", locals())
 
 
-def _free(free: Callable[..., CacheResult[Any]], *, dry_run: bool, yes: bool, as_json: bool) -> int:
-    result = free(dry_run=True)
-    if not dry_run:
-        if result.question and not yes:
+def _free(name: str, words: dict[str, Any]) -> int:
+    is_agreed = words.pop("yes")
+    result = call(name, {**words, "dry_run": True})
+    if not words["dry_run"]:
+        if result.question and not is_agreed:
             _ask(result.question)
-        result = free(dry_run=False)
-    return finish(result, as_json=as_json)
+        result = call(name, words)
+    return finish_as_asked(result, words)
 
 
 def _ask(question: str) -> None:

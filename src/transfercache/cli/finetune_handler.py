@@ -9,12 +9,14 @@ import typer
 
 from transfercache import config
 from transfercache.cli import options
-from transfercache.cli.output import finish, show_epoch, show_line
+from transfercache.cli.output import run, show_epoch, show_line
 from transfercache.errors import UsageError
 
 _RATES = "How it trains"
 _INPUTS = "What it sees"
 _RUN = "The run"
+# What --describe takes into account.
+_DESCRIBED = ("unfreeze", "optimizer", "lr_backbone", "lr_head", "lr_decay", "weight_decay", "batch_size", "json")
 
 
 def finetune(
@@ -187,67 +189,14 @@ def finetune(
     json: options.Json = False,
 ) -> int:
     """Train the backbone itself on the images, with augmentation and a learning rate per stage."""
+    words = dict(locals())
+    del words["describe"]
     if describe is not None:
-        from transfercache.commands.describe import describe_backbone
-
-        description = describe_backbone(
-            describe,
-            has_head=init_head is not None,
-            unfreeze=unfreeze,
-            optimizer=optimizer,
-            lr_backbone=lr_backbone,
-            lr_head=lr_head,
-            lr_decay=lr_decay,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-        )
-        return finish(description, as_json=json)
+        given = {name: words[name] for name in _DESCRIBED}
+        return run("describe_backbone", {"backbone": describe, "has_head": init_head is not None, **given})
     if data is None:
         raise UsageError("finetune: DATA is missing; only --describe BACKBONE does without")
-    from transfercache.commands.finetune import finetune as command
     from transfercache.commands.finetune import parse_tries
 
-    result = command(
-        data,
-        backbone=backbone,
-        weights=weights,
-        init_head=init_head,
-        unfreeze=unfreeze,
-        cached=cached,
-        views=views,
-        storage_dtype=storage_dtype,
-        max_bytes=max_bytes,
-        optimizer=optimizer,
-        lr_backbone=lr_backbone,
-        lr_head=lr_head,
-        lr_decay=lr_decay,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup=warmup,
-        epochs=epochs,
-        batch_size=batch_size,
-        batch_norm=batch_norm,
-        augment=augment,
-        crop_area=crop_area,
-        mixup=mixup,
-        label_smoothing=label_smoothing,
-        ema=ema,
-        select=select,
-        patience=patience,
-        grid=parse_tries(grid or []),
-        compute=compute,
-        device=device,
-        workers=workers,
-        cache_dir=cache_dir,
-        labels=labels,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        on_bad=on_bad,
-        seed=seed,
-        out=out,
-        resume=resume,
-        keep_checkpoints=keep_checkpoints,
-        on_epoch=show_epoch,
-        on_line=show_line,
-    )
-    return finish(result, as_json=json, on_bad=on_bad)
+    words["grid"] = parse_tries(grid or [])
+    return run("finetune", words, on_epoch=show_epoch, on_line=show_line)

@@ -1,16 +1,20 @@
-"""One function a command: text -> one call of commands/ -> printed result. Commands are imported inside, lazily."""
+"""One function a command: its words -> one call of the function of the same name -> printed result.
+
+`locals()` comes first in each body, where it is the words alone. Commands are imported when they are called.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from transfercache import config
 from transfercache.cli import options
 from transfercache.cli.finetune_handler import finetune
-from transfercache.cli.output import finish, show_line
+from transfercache.cli.live import show_live
+from transfercache.cli.output import call, finish_as_asked, run, show_line
 
 
 def extract_features(
@@ -59,32 +63,7 @@ def extract_features(
     json: options.Json = False,
 ) -> int:
     """Run the frozen backbone once over DATA; its embeddings land in a cache. Finished rows are never recomputed."""
-    from transfercache.commands.extract import extract_features as command
-
-    result = command(
-        data,
-        backbone=backbone,
-        weights=weights,
-        boundary=boundary,
-        views=views,
-        storage_dtype=storage_dtype,
-        max_bytes=max_bytes,
-        compute=compute,
-        decode=decode,
-        device=device,
-        engine=engine,
-        batch_size=batch_size,
-        workers=workers,
-        cache_dir=cache_dir,
-        part=part,
-        labels=labels,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        verify_content=verify_content,
-        on_bad=on_bad,
-        on_engine=show_line,
-    )
-    return finish(result, as_json=json, on_bad=on_bad)
+    return run("extract_features", locals(), on_engine=show_line)
 
 
 def train_head(
@@ -149,32 +128,7 @@ def train_head(
     json: options.Json = False,
 ) -> int:
     """Train a linear head on a cache in seconds; report it once on test, else val."""
-    from transfercache.commands.train import train_head as command
-
-    result = command(
-        cache,
-        solver=solver,
-        C=C,
-        class_weight=class_weight,
-        optimizer=optimizer,
-        calibrate=calibrate,
-        suspects=suspects,
-        shots=shots,
-        learning_curve=learning_curve,
-        seeds=seeds,
-        repeats=repeats,
-        backbone=backbone,
-        weights=weights,
-        cache_dir=cache_dir,
-        labels=labels,
-        val_fraction=val_fraction,
-        split_seed=split_seed,
-        tta=tta,
-        seed=seed,
-        bundle=bundle,
-        out=out,
-    )
-    return finish(result, as_json=json)
+    return run("train_head", locals())
 
 
 def compare(
@@ -217,38 +171,7 @@ def compare(
     json: options.Json = False,
 ) -> int:
     """Compare strategies on the same rows: accuracy with its interval, and what each costs. Goes on where it was."""
-    from transfercache.cli.live import LiveComparison
-    from transfercache.commands.compare import compare as command
-
-    with LiveComparison() as live:
-        result = command(
-            data,
-            strategies=strategies,
-            backbone=backbone,
-            weights=weights,
-            views=views,
-            storage_dtype=storage_dtype,
-            compute=compute,
-            decode=decode,
-            device=device,
-            engine=engine,
-            batch_size=batch_size,
-            workers=workers,
-            cache_dir=cache_dir,
-            labels=labels,
-            val_fraction=val_fraction,
-            split_seed=split_seed,
-            on_bad=on_bad,
-            seed=seed,
-            seeds=seeds,
-            epochs=epochs,
-            max_minutes=max_minutes,
-            results=results,
-            fresh=fresh,
-            on_result=live.on_result,
-            on_estimate=live.on_estimate,
-        )
-    return finish(result, as_json=json, on_bad=on_bad)
+    return _run_live("compare", locals())
 
 
 def predict(
@@ -277,23 +200,7 @@ def predict(
     json: options.Json = False,
 ) -> int:
     """Label images with a MODEL; on a cache, or where one has the rows, no image is read."""
-    from transfercache.commands.predict import predict as command
-
-    result = command(
-        model,
-        inputs,
-        weights=weights,
-        top=top,
-        tta=tta,
-        device=device,
-        engine=engine,
-        batch_size=batch_size,
-        workers=workers,
-        cache_dir=cache_dir,
-        on_bad=on_bad,
-        out=out,
-    )
-    return finish(result, as_json=json, on_bad=on_bad)
+    return run("predict", locals())
 
 
 def export(
@@ -318,9 +225,7 @@ def export(
     json: options.Json = False,
 ) -> int:
     """Write a MODEL, backbone and head in one, for use without tlc; its logits are compared with tlc's own first."""
-    from transfercache.commands.export import export as command
-
-    return finish(command(model, format=format, out=out, weights=weights, check=check), as_json=json)
+    return run("export", locals())
 
 
 def demo(
@@ -330,21 +235,18 @@ def demo(
     json: options.Json = False,
 ) -> int:
     """Compare strategies on the ants and bees of the tutorial, or, without a network, on handwritten digits."""
-    from transfercache.cli.live import LiveComparison
-    from transfercache.commands.demo import demo as command
-
-    with LiveComparison() as live:
-        result = command(
-            device=device, cache_dir=cache_dir, seed=seed, on_result=live.on_result, on_estimate=live.on_estimate
-        )
-    return finish(result, as_json=json)
+    return _run_live("demo", locals())
 
 
 def doctor(json: options.Json = False) -> int:
     """Say what this machine can compute with, what would be faster, and where caches and weights lie."""
-    from transfercache.commands.doctor import doctor as command
+    return run("doctor", locals())
 
-    return finish(command(), as_json=json)
+
+def _run_live(name: str, words: dict[str, Any]) -> int:
+    with show_live() as callbacks:
+        result = call(name, words, **callbacks)
+    return finish_as_asked(result, words)
 
 
 def register(app: typer.Typer) -> None:

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfercache.commands.compare import Comparison
 
 
-class LiveComparison:
-    """Give its methods to `compare` inside a `with`; whatever ends that early, the finished rows are printed."""
+@contextmanager
+def show_live() -> Iterator[dict[str, Callable[..., Any]]]:
+    """Give the callbacks of `compare`; whatever ends the block early, the finished rows are printed."""
+    latest: Comparison | None = None
 
-    def __init__(self) -> None:
-        self._latest: Comparison | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None and self._latest is not None:
-            from rich.console import Console
-
-            Console(stderr=True, soft_wrap=True).print(self._latest.render())
-
-    def on_result(self, comparison: Comparison) -> None:
-        """Print the strategy that has just been finished."""
-        self._latest = comparison
+    def on_result(comparison: Comparison) -> None:
+        nonlocal latest
+        latest = comparison
         _say(comparison.latest_line)
 
-    def on_estimate(self, label: str, seconds: float) -> None:
-        """Print how long a strategy will still take."""
+    def on_estimate(label: str, seconds: float) -> None:
         _say(f"{label}: about {timedelta(seconds=round(seconds))} to go (h:mm:ss, at the measured pace)")
+
+    try:
+        yield {"on_result": on_result, "on_estimate": on_estimate}
+    except BaseException:
+        if latest is not None:
+            from rich.console import Console
+
+            Console(stderr=True, soft_wrap=True).print(latest.render())
+        raise
 
 
 def _say(line: str) -> None:

@@ -117,12 +117,9 @@ def _report(error: BaseException, *, kept: str, is_debug: bool) -> int:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         _say(f"interrupted{kept}")
         return 130
-    if isinstance(error, Terminated):
-        _say(f"{error}{kept}")
-        return error.exit_code
     if isinstance(error, (TlcError, typer.TyperException)):
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        _say(message)
+        _say(f"{message}{kept if isinstance(error, Terminated) else ''}")
         return error.exit_code
     if isinstance(error, MemoryError):
         _say("out of memory; a smaller --batch-size or fewer --workers need less")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import transfercache
 from transfercache.errors import DataError
 from transfercache.text import one_line
 
@@ -41,6 +42,24 @@ class Result(Protocol):
     def render(self) -> RenderableType:
         """The same for a terminal."""
         ...
+
+
+def call(name: str, words: Mapping[str, Any], **callbacks: Any) -> Any:
+    """Call a command by its Python name with what its handler was given: `words` are that handler's `locals()`.
+
+    The command's file is imported now. That handler and command have the same parameters is tested.
+    """
+    return getattr(transfercache, name)(**{key: words[key] for key in words if key != "json"}, **callbacks)
+
+
+def run(name: str, words: Mapping[str, Any], **callbacks: Any) -> int:
+    """Call a command and print its result; returns the exit code."""
+    return finish_as_asked(call(name, words, **callbacks), words)
+
+
+def finish_as_asked(result: Result, words: Mapping[str, Any]) -> int:
+    """Print `result` in the way that the handler's `words` ask for; returns the exit code."""
+    return finish(result, as_json=words["json"], on_bad=words.get("on_bad", "fail"))
 
 
 def finish(result: Result, *, as_json: bool, on_bad: str = "fail") -> int:

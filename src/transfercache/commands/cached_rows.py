@@ -18,7 +18,7 @@ from transfercache.cache.table import FeatureTable
 from transfercache.commands.inputs import cache_root, changed_words
 from transfercache.errors import DataError, UsageError
 from transfercache.overlay import overlay
-from transfercache.splits import complete_split
+from transfercache.splits import check_val_fraction, complete_split
 
 if TYPE_CHECKING:
     from transfercache.commands.extract import Extraction
@@ -56,7 +56,12 @@ def open_cached(cache: str | Path | Extraction, *, backbone: str, weights: str, 
     if found is None:
         raise DataError(f"{folder}: no cache of it for {backbone} under {root}; make it with: {shlex.join(words)}")
     opened = open_cache(found)
-    words += changed_words(storage_dtype=(opened.spec.storage_dtype, "float32"))
+    spec = opened.spec
+    words += changed_words(
+        storage_dtype=(spec.storage_dtype, "float32"),
+        compute=(spec.compute, "fp32"),
+        decode=(spec.preprocessing.decoder, config.DECODE),
+    )
     if _is_stale(opened, manifest):
         raise DataError(f"{folder}: has changed since {found} was made; bring that up to date: {shlex.join(words)}")
     n_relabelled = int(np.sum(opened.rows.label[opened.rows.view == 0] != manifest.labels))
@@ -97,6 +102,8 @@ def labelled_table(
     Where `val_fraction` or `split_seed` is given, the split is drawn anew, as extraction draws it. Rows that only the
     file labels are then split among themselves; where the data gives its split, they are in none.
     """
+    if val_fraction is not None:
+        check_val_fraction(val_fraction)
     table = cache.stored_table()
     is_redrawn = val_fraction is not None or split_seed is not None
     if is_redrawn and cache.catalogue.has_given_split:

@@ -18,7 +18,8 @@ import torch
 from transfercache import config
 from transfercache.backbones.available import RANDOM
 from transfercache.backbones.choice import choose_engine
-from transfercache.backbones.registry import load_backbone
+from transfercache.backbones.cut import frozen_part
+from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.cache.store import find
 from transfercache.commands.boundary import cache_activations
 from transfercache.commands.extract import Extraction, Extractor
@@ -30,6 +31,7 @@ from transfercache.commands.inputs import (
     changed_words,
     finish_manifest,
     known_files,
+    known_views,
     log_bad,
 )
 from transfercache.comparison.rows import ComparedRows, find_unreadable, select_rows
@@ -39,7 +41,7 @@ from transfercache.comparison.strategy import Setting, Source
 from transfercache.comparison.summary import Entry, LeftOut, Summary
 from transfercache.environment import describe_environment
 from transfercache.errors import UsageError
-from transfercache.files import resource_errors, write_atomic
+from transfercache.files import check_writable, write_atomic
 from transfercache.images.decoders import pick_decoder
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
@@ -68,7 +70,8 @@ class Comparison:
     data: str
     weights: str
     caches: dict[str, Path]  # backbone -> cache folder, where it was extracted
-    row_words: tuple[str, ...]  # the options that decide on labels and split, where they are not the defaults
+    label_words: tuple[str, ...]  # the options that decide on labels, and on the split, where they are not the defaults
+    split_words: tuple[str, ...]
     epoch_words: tuple[str, ...]
     cache_words: tuple[str, ...]
     demo: Mapping[str, str | None] | None = None  # of `tlc demo`: data, backbone, and why they are not the tutorial's
@@ -80,16 +83,17 @@ class Comparison:
             return ("tlc", "compare", "my_photos/", "--backbone", str(self.demo["backbone"]))
         models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _PROBED_FIRST, *_ON_IMAGES)]
         if not models:
-            return ("tlc", "compare", self.data, *self.row_words, *self.epoch_words)
+            return ("tlc", "compare", self.data, *self.label_words, *self.split_words, *self.epoch_words)
         best = max(models, key=lambda entry: entry.accuracy).first
         backbone = str(best.backbone)
         if best.strategy not in _ON_IMAGES:
             solver = config.SOLVER if best.strategy == _PROBED_FIRST else best.strategy
-            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", solver, *self.row_words)
+            # The cache has the split: drawn anew, from labels that a file has changed, it would be another.
+            return ("tlc", "train-head", str(self.caches[backbone]), "--solver", solver, *self.label_words)
         start = ("tlc", "finetune", self.data, "--backbone", backbone, "--weights", self.weights)
         stages = [stage for group in best.chosen["groups"][:-1] for stage in group["stages"]]
         cached = ("--unfreeze", ",".join(stages), "--cached", *self.cache_words) if best.chosen["cached"] else ()
-        return (*start, *cached, *self.row_words, *self.epoch_words)
+        return (*start, *cached, *self.label_words, *self.split_words, *self.epoch_words)
 
     def as_demo(self, demo: Mapping[str, str | None], *, note: str) -> Comparison:
         """Return the same as the result of `tlc demo`, with `note` in the table's title."""
@@ -168,11 +172,15 @@ def compare(
         finish_manifest, labels=labels, val_fraction=val_fraction, split_seed=split_seed, watch=watch
     )
     manifest = _read(data, [options.spec(item) for item in loaded], root=root, finish=finish)
+    if results is not None:
+        check_writable(Path(results))  # hours of training must not end in a file that cannot be written
     extractor = Extractor(manifest, root, options, choice, watch.seconds()["hash"])
     extractions = {item.name: extractor.extract(item) for item in loaded} if Source.EMBEDDINGS in sources else {}
     reasons = _bad_rows(manifest, extractions, workers=workers)
     log_bad(bad_images(manifest, reasons), manifest.n_rows, on_bad=on_bad)
     rows, warnings = _rows_to_compare(manifest, reasons)
+    # Once, as the network is traced for it.
+    plan_activations = functools.cache(functools.partial(_plan_activations, manifest, root=root, options=options))
     settings = [
         Setting(
             rows=rows,
@@ -182,6 +190,7 @@ def compare(
             spec=options.spec,
             embeddings=functools.partial(extractions.__getitem__, name),
             activations=functools.partial(cache_activations, extractor),
+            planned_activations=plan_activations,
             n_views=extractions[name].views if name in extractions else config.VIEWS,
             device=torch.device(choice.device),
             workers=workers,
@@ -191,11 +200,7 @@ def compare(
     ]
     jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
     done: list[Entry | LeftOut] = []
-    row_words = changed_words(
-        labels=(labels, None),
-        val_fraction=(val_fraction, config.VAL_FRACTION),
-        split_seed=(split_seed, config.SPLIT_SEED),
-    )
+    draw = {"val_fraction": (val_fraction, config.VAL_FRACTION), "split_seed": (split_seed, config.SPLIT_SEED)}
 
     def comparison() -> Comparison:
         return Comparison(
@@ -204,7 +209,8 @@ def compare(
             data=str(data),
             weights=weights,
             caches={name: extraction.cache for name, extraction in extractions.items()},
-            row_words=row_words,
+            label_words=changed_words(labels=(labels, None)),
+            split_words=() if manifest.has_given_split else changed_words(**draw),
             epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
             cache_words=changed_words(cache_dir=(cache_dir, None), storage_dtype=(storage_dtype, config.STORAGE_DTYPE)),
         )
@@ -213,7 +219,7 @@ def compare(
     for item in run_jobs(jobs, deadline=deadline, on_estimate=on_estimate):
         done.append(item)
         if results is not None:
-            _write(comparison(), Path(results))
+            write_atomic(Path(results), json.dumps(comparison().to_json(), allow_nan=False).encode())
         if on_result is not None and isinstance(item, Entry):
             on_result(comparison())
     return comparison()
@@ -232,6 +238,15 @@ def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish:
     caches = [find(root, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs]
     known = {path: file for cache in caches for path, file in known_files(cache).items()}
     return finish(manifest, known=known, scanned_ns=scanned_ns)
+
+
+def _plan_activations(
+    manifest: Manifest, backbone: Backbone, stage: str, *, root: Path, options: EmbedOptions
+) -> tuple[ExtractSpec, int]:
+    """Return the spec of the activations where `stage` ends, and the views of each image that a cache has or will."""
+    spec = options.spec(frozen_part(backbone, stage))
+    folder = find(root, data_name=manifest.name, data_root=manifest.root, spec=spec)
+    return spec, options.views or known_views(folder)
 
 
 def _bad_rows(manifest: Manifest, extractions: Mapping[str, Extraction], *, workers: int | None) -> dict[int, str]:
@@ -276,9 +291,3 @@ def _summarise(
         warnings=warnings,
         environment={**describe_environment(), "device": device},
     )
-
-
-def _write(comparison: Comparison, path: Path) -> None:
-    with resource_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(comparison.to_json(), allow_nan=False).encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,16 +48,8 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc doctor`."""
-        return {
-            **self.environment,
-            "bf16_units": list(self.bf16_units),
-            "devices": self.devices,
-            "engines": self.engines,
-            "decoders": self.decoders,
-            "device": self.device,
-            "advice": self.advice,
-            "folders": self.folders,
-        }
+        parts = {name: value for name, value in asdict(self).items() if name not in ("environment", "bad")}
+        return {**self.environment, **parts, "bf16_units": list(self.bf16_units)}
 
     def render(self) -> RenderableType:
         """Return the same for a terminal, a line a fact."""

@@ -16,10 +16,11 @@ from transfercache import config
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
 from transfercache.commands.inputs import BadImage, log_bad, log_skipped
+from transfercache.commands.predict import embed_images
 from transfercache.errors import ModelError, UsageError
-from transfercache.extract.loop import Embedder, PendingView
+from transfercache.extract.loop import Embedder
 from transfercache.files import check_writable, replacing, sha256_file, write_atomic
-from transfercache.images.manifest import hash_files
+from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_images
 from transfercache.models.exported import FloatArray, SideBySide, classifier_of, pick_format
 from transfercache.models.head_file import Model, load_model
@@ -121,16 +122,17 @@ def export(
     engine = checked_engine(loaded, path, backbone, choice=_EAGER)
     classifier = classifier_of(backbone, loaded.head)
     classifier.metadata["model_sha256"] = sha256_file(path)
+    photos = None if check is None else _read(check)
     bad: list[BadImage] = []
     with replacing(target) as temporary:
         chosen.write(classifier, temporary)
         run = chosen.read(temporary, backbone.name, len(loaded.head.class_names))
         both = SideBySide(engine, loaded.head, run)
-        agreement = _compare(_logits(both, loaded, check, bad), loaded, what=f"{path}: as {format}")
+        agreement = _compare(_logits(both, loaded, photos, bad), loaded, what=f"{path}: as {format}")
     if not chosen.holds_metadata:
         sidecar = target.with_name(f"{target.name}.json")
         write_atomic(sidecar, json.dumps(classifier.metadata, indent=1).encode())
-    log_bad(bad, agreement.n_images + len(bad), on_bad="fail")
+    log_bad(bad, 0 if photos is None else photos.n_rows, on_bad="fail")
     return Exported(
         model=path,
         format=format,
@@ -155,30 +157,33 @@ def _notes(model: Model, *, has_sidecar: bool, target: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _read(data: str | Path) -> Manifest:
+    scanned_ns = time.time_ns()
+    manifest = read_images([str(data)])
+    log_skipped(manifest)
+    return hash_files(manifest, known={}, scanned_ns=scanned_ns)
+
+
 def _logits(
-    both: Engine, model: Model, check: str | Path | None, bad: list[BadImage]
+    both: Engine, model: Model, manifest: Manifest | None, bad: list[BadImage]
 ) -> Iterator[tuple[str, FloatArray]]:
     """Yield the name of each image, and its logits by tlc and by the file, float32 [2 C]; note the bad ones."""
     canaries = both.embed(canary_pixels(model.head.spec.preprocessing.crop))
     for number, row in enumerate(canaries):
         yield f"made image {number}", row
-    if check is None:
+    if manifest is None:
         return
-    scanned_ns = time.time_ns()
-    manifest = read_images([str(check)])
-    log_skipped(manifest)
-    manifest = hash_files(manifest, known={}, scanned_ns=scanned_ns)
     bad.extend(BadImage(manifest.paths[row], reason) for row, reason in sorted(manifest.unreadable.items()))
     # Logits are no embeddings: none is to be refused for what float16 holds.
     spec = replace(model.head.spec, storage_dtype="float32")
     embedder = Embedder(manifest, spec, lambda: both, None, Stopwatch())
-    pending = [PendingView(slot, row) for slot, row in enumerate(np.flatnonzero(manifest.is_readable()).tolist())]
-    batch_size = min(config.EXTRACT_BATCH_SIZE, max(len(pending), 1))
-    with closing(embedder.embed(pending, batch_size=batch_size)) as batches:
-        for batch in batches:
-            bad.extend(BadImage(manifest.paths[row], reason) for row, reason in sorted(batch.bad.items()))
-            for view, row in zip(batch.views, batch.features, strict=True):
-                yield manifest.paths[view.row], row
+    views = [(row, 0) for row in np.flatnonzero(manifest.is_readable()).tolist()]
+    with closing(embed_images(embedder, views, batch_size=config.EXTRACT_BATCH_SIZE)) as images:
+        for row, outcome in images:
+            if isinstance(outcome, str):
+                bad.append(BadImage(manifest.paths[row], outcome))
+            else:
+                yield manifest.paths[row], outcome[0]
 
 
 def _compare(images: Iterator[tuple[str, FloatArray]], model: Model, *, what: str) -> Agreement:

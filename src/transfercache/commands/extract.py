@@ -338,7 +338,8 @@ class Extractor:
             raise DataError(
                 f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.root} is readable"
             )
-        labelled = manifest.labels >= 0
+        good_labels = manifest.labels.copy()
+        good_labels[list(outcome.bad)] = -1
         return Extraction(
             cache=store.folder,
             rows=manifest.n_rows,
@@ -347,7 +348,7 @@ class Extractor:
             reused=outcome.reused,
             checked=outcome.checked,
             bad=bad_images(manifest, outcome.bad),
-            straddling=count_straddling(manifest.split[labelled], manifest.component()[labelled]),
+            straddling=count_straddling(manifest.split, good_labels, manifest.component()),
             dim=backbone.dim,
             seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
             engine=choice.engine,

@@ -41,7 +41,6 @@ from transfercache.finetuning.search import (
     check_search,
     choose_trial,
     combine,
-    name_flag,
     search,
 )
 from transfercache.finetuning.training import OnEpoch, OnLine, ignore
@@ -53,6 +52,7 @@ from transfercache.models.card import CardData, save_card
 from transfercache.models.head_file import Model, load_model, save_model
 from transfercache.splits import Split, count_straddling
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ def finetune(
         trials, result = _try_and_train(
             manifest, task, options, combinations, checkpoints, on_epoch=on_epoch or ignore, on_line=on_line or ignore
         )
+        good = _without_bad(manifest, result)
         outcome = FinetuneOutcome(
             model=path,
             groups=result.groups,
@@ -170,7 +171,7 @@ def finetune(
             epochs=result.epochs,
             chosen_epoch=result.chosen_epoch,
             n_train=result.head.n_train,
-            straddling=count_straddling(manifest.split, manifest.component()),
+            straddling=count_straddling(good.split, good.labels, good.component()),
             reported=report_finetuned(manifest, result),
             trials=trials,
             seconds=add_search(result.seconds, trials),
@@ -179,7 +180,7 @@ def finetune(
             data=str(data),
             extraction=None if extraction is None else {"cache": str(extraction.cache), **extraction.record},
         )
-        _save(manifest, loaded, result, outcome)
+        _save(good, loaded, result, outcome)
         checkpoints.remove()
     log_bad(outcome.bad, manifest.n_rows, on_bad=on_bad)
     return outcome
@@ -221,8 +222,8 @@ def _try_and_train(
     return trials, run(manifest, options, checkpoints.part("", is_first=not trials))
 
 
-def _save(manifest: Manifest, backbone: Backbone, result: FinetuneResult, outcome: FinetuneOutcome) -> None:
-    """Write the MODEL, and its card beside it."""
+def _save(good: Manifest, backbone: Backbone, result: FinetuneResult, outcome: FinetuneOutcome) -> None:
+    """Write the MODEL, and beside it its card, which tells of the `good` images alone."""
     model = Model(
         head=result.head,
         canary_logits=result.canary_logits,
@@ -234,7 +235,7 @@ def _save(manifest: Manifest, backbone: Backbone, result: FinetuneResult, outcom
     save_card(
         outcome.model,
         model,
-        _card_data(manifest, result),
+        CardData(good.name, good.digests, good.labels, good.split),
         seconds=outcome.seconds["total"],
         epochs=[asdict(epoch) for epoch in result.epochs],
         trials=trials_to_json(outcome.trials),
@@ -277,10 +278,9 @@ def _check_unused(given: Mapping[str, Any], **defaults: object) -> None:
         raise UsageError(f"{' '.join(words)}: is of cached activations; pass --cached as well, or leave it out")
 
 
-def _card_data(manifest: Manifest, result: FinetuneResult) -> CardData:
+def _without_bad(manifest: Manifest, result: FinetuneResult) -> Manifest:
     bad = {path for path, _ in result.bad}
-    good = manifest.subset(np.array([path not in bad for path in manifest.paths]))
-    return CardData(good.name, good.digests, good.labels, good.split)
+    return manifest.subset(np.array([path not in bad for path in manifest.paths]))
 
 
 def report_finetuned(manifest: Manifest, result: FinetuneResult) -> Report | None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from transfercache.commands.inputs import BadImage
 from transfercache.finetuning.groups import ParameterGroup
 from transfercache.finetuning.result import EpochRecord
-from transfercache.finetuning.search import Trial, choose_trial, name_flag
+from transfercache.finetuning.search import Trial, choose_trial
 from transfercache.metrics import Report
+from transfercache.text import name_flag, name_value
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -120,7 +121,7 @@ def _render_trials(trials: Sequence[Trial]) -> RenderableType:
     for trial in trials:
         loss, accuracy = trial.held_out_log_loss, trial.held_out_accuracy
         figures = (trial.failure, "-") if loss is None else (f"{loss:.4f}", f"{accuracy:.3f}")
-        values = ["none" if value is None else str(value) for value in trial.values.values()]
+        values = map(name_value, trial.values.values())
         mark = "chosen" if trial is choose_trial(trials) else ""
         table.add_row(*values, *figures, str(trial.epoch), f"{trial.seconds:.1f}", mark)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -16,6 +16,7 @@ from transfercache.images.manifest import KnownFile, Manifest, hash_files, split
 from transfercache.overlay import overlay
 from transfercache.spec import DECODERS, POOLED, ExtractSpec
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag, name_value
 
 if TYPE_CHECKING:
     from transfercache.backbones.known import FrozenBackbone
@@ -32,7 +33,7 @@ class BadImage:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object under `bad` of the command line's JSON."""
-        return {"path": self.path, "reason": self.reason}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def cache_root(cache_dir: Path | str | None) -> Path:
 def changed_words(**options: tuple[object, object]) -> tuple[str, ...]:
     """Return `--name value` of each (value, default) where these differ."""
     changed = {name: value for name, (value, default) in options.items() if value != default}
-    return tuple(word for name, value in changed.items() for word in (f"--{name.replace('_', '-')}", str(value)))
+    return tuple(word for name, value in changed.items() for word in (f"--{name_flag(name)}", name_value(value)))
 
 
 def finish_manifest(
@@ -128,6 +129,12 @@ def known_files(folder: Path | None) -> dict[str, KnownFile]:
         return {}
     rows = Store(folder).rows()
     return {} if rows is None else rows.known_files()
+
+
+def known_views(folder: Path | None) -> int:
+    """Return how many rows the cache at `folder` has of each image; without one, how many it would be given."""
+    rows = None if folder is None else Store(folder).rows()
+    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
 
 
 def log_bad(bad: Sequence[BadImage], n_images: int, *, on_bad: config.OnBad) -> None:

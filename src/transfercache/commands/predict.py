@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ from transfercache.commands.inputs import cache_root, known_files, log_bad, log_
 from transfercache.commands.predictions import OTHER_KIND, Prediction, Predictions, collect
 from transfercache.environment import installed_versions
 from transfercache.errors import CacheError, ResourceError, UsageError
-from transfercache.extract.loop import Embedder, PendingView
+from transfercache.extract.loop import EmbeddedBatch, Embedder, PendingView
 from transfercache.extract.parity import trusted_neighbours
 from transfercache.extract.plan import wanted_rows
 from transfercache.images.manifest import hash_files
@@ -214,9 +215,9 @@ class LoadedModel:
         missing = [(row, view) for row in readable for view in range(n_views) if (row, view) not in held]
         rows = {row for row, _ in missing}
         size = batch_size or (self._choice.batch_size if missing else config.EXTRACT_BATCH_SIZE)
-        with closing(_computed(embedder, missing, batch_size=size)) as computed:
+        with closing(embed_images(embedder, missing, batch_size=size)) as computed:
             for row, path in enumerate(manifest.paths):
-                fresh = next(computed) if row in rows else manifest.unreadable.get(row, [])
+                fresh = next(computed)[1] if row in rows else manifest.unreadable.get(row, [])
                 if isinstance(fresh, str):
                     yield path, fresh
                 else:
@@ -241,28 +242,27 @@ class LoadedModel:
         }
 
 
-def _computed(
+def embed_images(
     embedder: Embedder, views: Sequence[tuple[int, int]], *, batch_size: int
-) -> Generator[list[Features] | str, None, None]:
-    """Yield, for each row of `views` (row and view, in order), its embeddings [D], or the reason why it has none."""
-    for _, group in groupby(_outcomes(embedder, views, batch_size=batch_size), key=lambda item: item[0]):
-        outcomes = [outcome for _, outcome in group]
-        reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        yield reasons[0] if reasons else [outcome for outcome in outcomes if not isinstance(outcome, str)]
+) -> Generator[tuple[int, list[Features] | str], None, None]:
+    """Yield each row of `views` (row and view, in order) with its embeddings [D], or the reason why it has none.
 
-
-def _outcomes(
-    embedder: Embedder, views: Sequence[tuple[int, int]], *, batch_size: int
-) -> Iterator[tuple[int, Features | str]]:
-    if not views:
-        return
+    An image one of whose views has none has none at all.
+    """
     pending = [PendingView(slot, row, view) for slot, (row, view) in enumerate(views)]
-    with closing(embedder.embed(pending, batch_size=min(batch_size, len(views)))) as batches:
-        for batch in batches:
-            outcomes: dict[tuple[int, int], Features | str] = {(row, 0): why for row, why in batch.bad.items()}
-            outcomes |= {(view.row, view.view): batch.features[i] for i, view in enumerate(batch.views)}
-            for row, view in sorted(outcomes):
-                yield row, outcomes[row, view]
+    with closing(embedder.embed(pending, batch_size=min(batch_size, max(len(views), 1)))) as batches:
+        for row, group in groupby(_outcomes(batches), key=itemgetter(0)):
+            outcomes = [outcome for _, outcome in group]
+            reasons = [outcome for outcome in outcomes if isinstance(outcome, str)]
+            yield row, reasons[0] if reasons else [outcome for outcome in outcomes if not isinstance(outcome, str)]
+
+
+def _outcomes(batches: Iterable[EmbeddedBatch]) -> Iterator[tuple[int, Features | str]]:
+    for batch in batches:
+        outcomes: list[tuple[int, Features | str]] = [*batch.bad.items()]
+        outcomes += ((view.row, features) for view, features in zip(batch.views, batch.features, strict=True))
+        # Sorting leaves the views of a row in their order.
+        yield from sorted(outcomes, key=itemgetter(0))
 
 
 def _difference(cache: ExtractSpec, head: ExtractSpec) -> str:

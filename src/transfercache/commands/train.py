@@ -125,7 +125,7 @@ def train_head(
         views=1 if solver == KNN else n_views,
         tta=tta,
         is_bundled=bundle,
-        straddling=count_straddling(table.split, table.group),
+        straddling=count_straddling(table.split, table.labels, table.group),
         reported=reported,
         calibration=calibration,
         suspects=suspects_file,

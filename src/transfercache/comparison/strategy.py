@@ -54,6 +54,8 @@ class Setting:
     embeddings: Callable[[], Embeddings]
     #: At the end of one of the backbone's stages, of all rows of the data.
     activations: Callable[[Backbone, str], tuple[Embeddings, Activations]]
+    #: The spec of those, and in how many views of each image they are there or will be.
+    planned_activations: Callable[[Backbone, str], tuple[ExtractSpec, int]]
     n_views: int  # of each training image in the embeddings
     device: torch.device
     workers: int | None

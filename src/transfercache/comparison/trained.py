@@ -79,7 +79,7 @@ def partial() -> Strategy:
         name="partial",
         source=Source.BACKBONE,
         run=run,
-        options=lambda setting: {**_named(_partial_options(setting, 0)), "views": setting.n_views},
+        options=_partial_key,
         work=_partial_work,
     )
 
@@ -89,10 +89,18 @@ def _partial_options(setting: Setting, seed: int) -> FinetuneOptions:
     return _options(setting, seed, unfreeze=last, augment="none")
 
 
+def _partial_key(setting: Setting) -> dict[str, Any]:
+    backbone, options = setting.backbone(), _partial_options(setting, 0)
+    # Not the views and the storage dtype of the embeddings, if there are any.
+    spec, n_views = setting.planned_activations(backbone, boundary_before(backbone, options))
+    return {**_named(options), "activations": spec.digest(), "views": n_views}
+
+
 def _partial_work(setting: Setting) -> Work:
     work, backbone, rows = _work(setting), setting.backbone(), setting.rows
-    share = share_behind(backbone, boundary_before(backbone, _partial_options(setting, 0)))
-    forward = (rows.n_train + rows.n_reported) * setting.n_views  # where their activations are not there yet
+    stage = boundary_before(backbone, _partial_options(setting, 0))
+    share, (_, n_views) = share_behind(backbone, stage), setting.planned_activations(backbone, stage)
+    forward = (rows.n_train + rows.n_reported) * n_views  # where their activations are not there yet
     return replace(work, trained=round(work.trained * share), forward=forward)
 
 

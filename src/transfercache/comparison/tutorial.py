@@ -35,7 +35,6 @@ from transfercache.stopwatch import Stopwatch
 
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 TUTORIAL_EPOCHS = 5
 #: StepLR(step_size=7, gamma=0.1): with 5 epochs the rate never falls.
@@ -98,7 +97,8 @@ def train_tutorial(
     losses, accuracies = [], []
     probabilities = np.zeros((0, 0))
     n_images = TUTORIAL_EPOCHS * (len(train) + len(reported))
-    with _shown(n_images) as bar, seeded(derive_seed(seed, "dropout")), memory_errors(device):
+    progress = tqdm(total=n_images, desc="tutorial", unit="img", leave=False, file=sys.stderr, disable=None)
+    with progress as bar, seeded(derive_seed(seed, "dropout")), memory_errors(device):
         for epoch in range(1, TUTORIAL_EPOCHS + 1):
             augmented.epoch = epoch
             with watch.stage("train"):
@@ -140,26 +140,20 @@ def make_loader(images: TutorialImages, *, seed: int, workers: int) -> DataLoade
     return DataLoader(images, batch_size=config.SEED_BATCH_SIZE, shuffle=True, num_workers=workers, generator=order)
 
 
-def train_transform(preprocessing: Preprocessing) -> Callable[[Any], torch.Tensor]:
+def train_transform(preprocessing: Preprocessing) -> transforms.Compose:
     """RandomResizedCrop, RandomHorizontalFlip, ToTensor, Normalize."""
-    crop = transforms.RandomResizedCrop(preprocessing.crop, interpolation=_interpolation(preprocessing))
-    return _compose(crop, transforms.RandomHorizontalFlip(), preprocessing)
-
-
-def eval_transform(preprocessing: Preprocessing) -> Callable[[Any], torch.Tensor]:
-    """Resize, CenterCrop, ToTensor, Normalize."""
-    resize = transforms.Resize(preprocessing.resize, interpolation=_interpolation(preprocessing))
-    return _compose(resize, transforms.CenterCrop(preprocessing.crop), preprocessing)
-
-
-def _interpolation(preprocessing: Preprocessing) -> transforms.InterpolationMode:
-    return transforms.InterpolationMode(preprocessing.interpolation)
-
-
-def _compose(first: nn.Module, second: nn.Module, preprocessing: Preprocessing) -> Callable[[Any], torch.Tensor]:
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    crop = transforms.RandomResizedCrop(preprocessing.crop, interpolation=interpolation)
     normalise = transforms.Normalize(preprocessing.mean, preprocessing.std)
-    composed: Callable[[Any], torch.Tensor] = transforms.Compose([first, second, transforms.ToTensor(), normalise])
-    return composed
+    return transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(), normalise])
+
+
+def eval_transform(preprocessing: Preprocessing) -> transforms.Compose:
+    """Resize, CenterCrop, ToTensor, Normalize."""
+    interpolation = transforms.InterpolationMode(preprocessing.interpolation)
+    resize = transforms.Resize(preprocessing.resize, interpolation=interpolation)
+    normalise = transforms.Normalize(preprocessing.mean, preprocessing.std)
+    return transforms.Compose([resize, transforms.CenterCrop(preprocessing.crop), transforms.ToTensor(), normalise])
 
 
 def train_epoch(
@@ -195,7 +189,3 @@ def evaluate_epoch(
             parts.append(torch.softmax(network(images.to(device)).double(), dim=1).cpu())
             bar.update(len(images))
     return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
-
-
-def _shown(n_images: int) -> tqdm[Any]:
-    return tqdm(total=n_images, desc="tutorial", unit="img", leave=False, file=sys.stderr, disable=None)

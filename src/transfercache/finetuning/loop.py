@@ -32,6 +32,7 @@ from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
 from transfercache.spec import ExtractSpec
 from transfercache.stopwatch import Stopwatch
+from transfercache.text import name_flag
 
 # Of what a checkpoint holds; one of another number is of another run.
 _CHECKPOINT_FORMAT = 2
@@ -121,7 +122,7 @@ def finetune(
 def identify_run(manifest: Manifest, task: Task, options: FinetuneOptions) -> dict[str, Any]:
     """Return all that a run's end depends on, by the names that a message uses, in values of JSON."""
     # The number of threads changes no bit.
-    named = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items() if name != "workers"}
+    named = {f"--{name_flag(name)}": value for name, value in asdict(options).items() if name != "workers"}
     backbone, device, activations, start = task.backbone, task.device, task.activations, task.head_of(manifest)
     return {
         **named,

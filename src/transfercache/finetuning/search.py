@@ -32,6 +32,7 @@ from transfercache.finetuning.training import OnLine, ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
 from transfercache.strict_json import parse, take
+from transfercache.text import name_flag, name_value
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,9 @@ class Trial:
 _TRIAL = {**{name: get_args(kind) or kind for name, kind in get_type_hints(Trial).items()}, "values": dict}
 
 
-def name_flag(name: str) -> str:
-    """Return how the command line spells an option."""
-    return name.replace("_", "-")
-
-
 def describe_values(values: Values) -> str:
     """Return one combination for a line of text, such as `lr-head 0.003, ema none`."""
-    return ", ".join(f"{name_flag(name)} {'none' if value is None else value}" for name, value in values.items())
+    return ", ".join(f"{name_flag(name)} {name_value(value)}" for name, value in values.items())
 
 
 def combine(options: FinetuneOptions, grid: Mapping[str, Sequence[object]]) -> tuple[Values, ...]:
@@ -104,7 +100,7 @@ def _parse_values(options: FinetuneOptions, name: str, words: Sequence[object]) 
     given = getattr(options, name)
     if given != getattr(FinetuneOptions(), name):
         raise UsageError(f"--{flag} {given}: is given and tried as well; leave out one of them")
-    values = [_parse(name, "none" if word is None else str(word).strip()) for word in words]
+    values = [_parse(name, name_value(word).strip()) for word in words]
     twice = next((word for at, word in enumerate(words) if values[at] in values[:at]), None)
     if twice is not None:
         raise UsageError(f"--try {flag}: {twice} stands there twice")

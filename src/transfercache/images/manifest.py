@@ -22,7 +22,7 @@ from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.images.ahead import run_ahead
-from transfercache.splits import Split, complete_split, join_groups
+from transfercache.splits import Split, check_val_fraction, complete_split, join_groups
 
 Int64Array = npt.NDArray[np.int64]
 UInt8Array = npt.NDArray[np.uint8]
@@ -180,8 +180,7 @@ def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> M
     Rows that an earlier call split stay where they are. Needs the digests (`hash_files`). Unreadable rows have none,
     so they are in no split. See `splits.complete_split`.
     """
-    if not 0 <= val_fraction < 1:
-        raise UsageError(f"--val-fraction {val_fraction} must be at least 0 and below 1, for example 0.2")
+    check_val_fraction(val_fraction)
     if manifest.has_given_split:
         return manifest
     labels = np.where(manifest.is_readable(), manifest.labels, -1)

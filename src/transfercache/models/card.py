@@ -23,7 +23,7 @@ from transfercache.errors import ResourceError
 from transfercache.files import sha256_bytes, sha256_file, write_atomic
 from transfercache.models.head_file import Model
 from transfercache.splits import SPLIT_NAMES
-from transfercache.text import one_line
+from transfercache.text import name_flag, name_value, one_line
 from transfercache.version import __version__
 
 CARD_SCHEMA_VERSION = 1
@@ -174,7 +174,7 @@ def _figures(reported: Mapping[str, Any] | None, *, tta: bool) -> list[str]:
 
 
 def _spell(name: str, value: object) -> str:
-    return f"--{name.replace('_', '-')} {'none' if value is None else value}"
+    return f"--{name_flag(name)} {name_value(value)}"
 
 
 def _tried(trials: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -132,10 +132,17 @@ def _cells(summary: Summary, entry: Entry) -> tuple[str, ...]:
 
 
 def _extractions(summary: Summary) -> Iterator[str]:
-    records = [entry.first.extraction for entry in summary.entries if entry.first.extraction is not None]
-    yield from sorted({_extraction(record) for record in records if not record["is_from_this_run"]})
-    if not all(record["is_complete"] for record in records):
+    records = [(entry, entry.first.extraction) for entry in summary.entries if entry.first.extraction is not None]
+    yield from sorted(
+        {f"{_extracted(entry)} {_extraction(made)}" for entry, made in records if not made["is_from_this_run"]}
+    )
+    if not all(record["is_complete"] for _, record in records):
         yield "extraction: an interrupted run's seconds are not in it."
+
+
+def _extracted(entry: Entry) -> str:
+    activations = entry.first.chosen.get("cached")
+    return f"{entry.first.backbone}: " + (f"activations ({activations})" if activations else "embeddings")
 
 
 def _extraction(record: Mapping[str, Any]) -> str:
