@@ -19,6 +19,7 @@ from transfercache.environment import processor_name
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a CPU of no special units, and without OpenVINO."""
+    doctor()  # what it loads, torch's decoders among it, is not to be loaded by a torch that is patched
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for module in (available, choice):
