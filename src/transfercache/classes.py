@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from transfercache import config
+from transfercache.arrays import Int64Array, UInt8Array
 from transfercache.errors import DataError
 from transfercache.splits import Split, count_straddling, divide_roles
-
-Int64Array = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
 
 #: Long-tailed data has hundreds of rare classes; the first few show what is the matter.
 _MAX_WARNINGS_OF_A_KIND = 10

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.errors import DataError
 
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 AnyFloatArray = npt.NDArray[np.floating[Any]]
 
 #: The 0.975 quantile of the standard normal distribution, for two-sided 95 % intervals.

@@ -7,14 +7,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from transfercache.arrays import BoolArray, Int64Array, UInt8Array
 from transfercache.errors import UsageError
 from transfercache.randomness import derive_rng
-
-Int64Array = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
-BoolArray = npt.NDArray[np.bool_]
 
 #: In the result of `assign_folds`: a row that is in the training part of every fold.
 ALWAYS_TRAIN = -1

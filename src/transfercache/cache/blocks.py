@@ -9,8 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
+from transfercache.arrays import Float32Array, Int64Array
 
 #: Rows a block: enough for a matrix product to run at full speed, 8 MiB of 512 features.
 BLOCK_ROWS = 4096

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import BoolArray, UInt64Array
 from transfercache.cache.blocks import rows_within
 from transfercache.cache.catalogue import STORAGE_DTYPES, Extent, ShardEntry
 from transfercache.cache.plain_file import MAX_HOLLOWNESS, MEND, check_stored, opened_plain, write_all
 from transfercache.errors import CacheError, ResourceError
 from transfercache.files import resource_errors
-
-UInt64Array = npt.NDArray[np.uint64]
-BoolArray = npt.NDArray[np.bool_]
 
 #: A slot whose checksum is this was never written; no valid checksum equals it.
 NEVER_WRITTEN = 0

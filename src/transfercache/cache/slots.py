@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import BoolArray
 from transfercache.cache.catalogue import ShardEntry
 from transfercache.cache.plain_file import MEND
-from transfercache.cache.shard import BoolArray, ShardReader, shard_digest
+from transfercache.cache.shard import ShardReader, shard_digest
 from transfercache.errors import CacheError
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import BoolArray
 from transfercache.cache.catalogue import FILE_NAME, MAX_RUNS, Catalogue, RowsEntry, ShardEntry, read_catalogue
 from transfercache.cache.layout import create_shard
 from transfercache.cache.plain_file import opened_plain, read_plain
 from transfercache.cache.provenance import Run
 from transfercache.cache.reader import read_rows
 from transfercache.cache.rows import MAX_BYTES, OK, Rows
-from transfercache.cache.shard import BoolArray, ShardReader, ShardWriter
+from transfercache.cache.shard import ShardReader, ShardWriter
 from transfercache.cache.slots import Slots, read_slots
 from transfercache.errors import CacheError, ResourceError
 from transfercache.files import locked, resource_errors, sha256_bytes, sha256_file, write_atomic

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from transfercache import config
+from transfercache.arrays import Float32Array
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
 from transfercache.commands.inputs import BadImage, log_bad, log_skipped
@@ -22,7 +23,7 @@ from transfercache.extract.loop import Embedder
 from transfercache.files import check_writable, replacing, sha256_file, write_atomic
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.sources import read_images
-from transfercache.models.exported import FloatArray, SideBySide, classifier_of, pick_format
+from transfercache.models.exported import SideBySide, classifier_of, pick_format
 from transfercache.models.head_file import Model, load_model
 from transfercache.models.network import checked_engine, load_backbone_of
 from transfercache.stopwatch import Stopwatch
@@ -166,7 +167,7 @@ def _read(data: str | Path) -> Manifest:
 
 def _logits(
     both: Engine, model: Model, manifest: Manifest | None, bad: list[BadImage]
-) -> Iterator[tuple[str, FloatArray]]:
+) -> Iterator[tuple[str, Float32Array]]:
     """Yield the name of each image, and its logits by tlc and by the file, float32 [2 C]; note the bad ones."""
     canaries = both.embed(canary_pixels(model.head.spec.preprocessing.crop))
     for number, row in enumerate(canaries):
@@ -186,7 +187,7 @@ def _logits(
                 yield manifest.paths[row], outcome[0]
 
 
-def _compare(images: Iterator[tuple[str, FloatArray]], model: Model, *, what: str) -> Agreement:
+def _compare(images: Iterator[tuple[str, Float32Array]], model: Model, *, what: str) -> Agreement:
     """Return how far both logits of all images agree; raises ModelError at the first image where they do not."""
     n_images = n_other_labels = 0
     largest = 0.0

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from transfercache.arrays import BoolArray, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.commands.head_result import Calibration
 from transfercache.errors import DataError, UsageError
@@ -16,9 +17,9 @@ from transfercache.heads.calibration import fit_temperature
 from transfercache.heads.fit import KNN
 from transfercache.heads.knn import Neighbours
 from transfercache.heads.learning_curve import FRACTIONS, Draw, Point, draw_share, draw_shots, measure
-from transfercache.heads.linear_head import Int64Array, LinearHead
+from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.out_of_fold import OutOfFold, out_of_fold
-from transfercache.metrics import Answers, BoolArray, Report, report_on
+from transfercache.metrics import Answers, Report, report_on
 from transfercache.randomness import derive_rng
 from transfercache.splits import Split
 

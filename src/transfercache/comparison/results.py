@@ -14,13 +14,11 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from transfercache.arrays import Float64Array, Int64Array
 from transfercache.errors import ArtefactError
 from transfercache.files import resource_errors, write_atomic
 from transfercache.metrics import Report, evaluate, predicted_classes
 from transfercache.strict_json import parse
-
-Int64Array = npt.NDArray[np.int64]
-Float64Array = npt.NDArray[np.float64]
 
 RESULT_SCHEMA_VERSION = 1
 _METADATA_KEY = "tlc"

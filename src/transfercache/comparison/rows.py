@@ -14,6 +14,7 @@ import numpy.typing as npt
 from PIL.Image import Image
 from tqdm import tqdm
 
+from transfercache.arrays import BoolArray, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import CacheError, DataError, DecodeError
 from transfercache.images.ahead import run_ahead
@@ -21,8 +22,6 @@ from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.splits import SPLIT_NAMES, Split, count_straddling, divide_roles
 
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 Loaded = TypeVar("Loaded")
 
 # Enough to bridge one slow image.

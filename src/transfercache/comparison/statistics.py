@@ -6,11 +6,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from transfercache.arrays import BoolArray
 from transfercache.metrics import wilson_interval
-
-BoolArray = npt.NDArray[np.bool_]
 
 
 class PairedCounts(NamedTuple):

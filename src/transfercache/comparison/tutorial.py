@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -22,6 +21,7 @@ from torchvision import transforms
 from tqdm import tqdm
 
 from transfercache import config
+from transfercache.arrays import Float64Array, Int64Array
 from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.backbones.weights import seeded
@@ -32,9 +32,6 @@ from transfercache.metrics import accuracy, predicted_classes
 from transfercache.randomness import derive_seed
 from transfercache.spec import Preprocessing
 from transfercache.stopwatch import Stopwatch
-
-Int64Array = npt.NDArray[np.int64]
-Float64Array = npt.NDArray[np.float64]
 
 TUTORIAL_EPOCHS = 5
 #: StepLR(step_size=7, gamma=0.1): with 5 epochs the rate never falls.

@@ -10,11 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from transfercache.arrays import Int64Array
 from transfercache.backbones.cut import cut_after, stage_end
 from transfercache.backbones.registry import Backbone
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import UsageError
-from transfercache.finetuning.batches import PREFETCHED_BATCHES, Batch, Int64Array, Reader, in_batches
+from transfercache.finetuning.batches import PREFETCHED_BATCHES, Batch, Reader, in_batches
 from transfercache.finetuning.groups import unfrozen_stages
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.images.ahead import run_ahead

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL.Image import Image, fromarray
 
+from transfercache.arrays import Int64Array, UInt8Array
 from transfercache.errors import DecodeError
 from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.trivial import trivial_augment
@@ -22,8 +23,6 @@ from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
 from transfercache.stopwatch import Stopwatch
 
-UInt8Array = npt.NDArray[np.uint8]
-Int64Array = npt.NDArray[np.int64]
 Item = TypeVar("Item")
 
 #: Batches that may lie decoded and waiting: enough to hide an image that takes long, little memory (19 MB at 224 px).

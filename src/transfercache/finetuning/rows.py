@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import Int64Array
 from transfercache.errors import DataError
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
 from transfercache.splits import Split, divide_roles, hash_split
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

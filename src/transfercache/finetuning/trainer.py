@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from transfercache import config
+from transfercache.arrays import Int64Array
 from transfercache.backbones.devices import memory_errors
 from transfercache.backbones.engines import autocast
 from transfercache.backbones.registry import Backbone
@@ -23,7 +24,6 @@ from transfercache.finetuning.options import FinetuneOptions
 from transfercache.finetuning.schedule import rate_factor
 from transfercache.randomness import derive_rng
 
-Int64Array = npt.NDArray[np.int64]
 #: From a network to what of it the inputs go through; its modules are the network's own.
 TakePart = Callable[[nn.Module], nn.Module]
 #: From a batch's inputs on the device, as the reader gave them, to what the network takes: float32 [B, ...].

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from transfercache.arrays import Int64Array
 from transfercache.backbones.devices import peak_memory_bytes, synchronize
 from transfercache.errors import DataError, DivergenceError
 from transfercache.finetuning.batches import Batch, Reader, leave_out
@@ -27,7 +27,6 @@ from transfercache.finetuning.trainer import Trainer
 from transfercache.images.manifest import Manifest
 from transfercache.stopwatch import Stopwatch
 
-Int64Array = npt.NDArray[np.int64]
 OnEpoch = Callable[[EpochRecord], None]
 OnLine = Callable[[str], None]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from transfercache.heads.linear_head import UNTRAINED_BIAS, Float32Array, Float64Array, Int64Array
+from transfercache.arrays import Float32Array, Float64Array, Int64Array
+from transfercache.heads.linear_head import UNTRAINED_BIAS
 from transfercache.metrics import softmax
 
 #: Logits further off than this are no head's; a minimum beyond is the sign that there is none.

@@ -8,10 +8,11 @@ from typing import get_args
 import numpy as np
 
 from transfercache import config
+from transfercache.arrays import Float32Array, Float64Array, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError, UsageError, did_you_mean
 from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
-from transfercache.heads.problem import Affine, Float32Array, Float64Array, Int64Array, Problem, Settings, Solver
+from transfercache.heads.problem import Affine, Problem, Settings, Solver
 
 #: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
 SOLVERS = ("logistic", "ridge", "linear", "sklearn")

@@ -9,13 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from transfercache import config
+from transfercache.arrays import Float32Array, Float64Array, Int64Array
 from transfercache.cache.blocks import FeatureBlocks, in_order
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 #: Similarities held at once: 16 MiB of float32, and about as much again for each mask over them.
 BLOCK_ELEMENTS = 1 << 22

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.heads.problem import Float64Array
+from transfercache.arrays import Float64Array
 
 #: x -> value and gradient at x.
 Objective = Callable[[Float64Array], tuple[float, Float64Array]]

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import UsageError
-from transfercache.heads.linear_head import Float64Array, Int64Array
 from transfercache.heads.select import logger as logger_of_choices
-from transfercache.metrics import NORMAL_QUANTILE_95, BoolArray
+from transfercache.metrics import NORMAL_QUANTILE_95
 from transfercache.randomness import derive_rng
 from transfercache.splits import majority_labels
 

@@ -6,14 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from transfercache.metrics import BoolArray, softmax
+from transfercache.arrays import BoolArray, Float32Array, Float64Array, Int64Array
+from transfercache.metrics import softmax
 from transfercache.spec import ExtractSpec
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
 
 #: The bias of a class without training rows, its weights being zero: as the other logits sum to zero, the largest is
 #: not negative, and exp(-1e4) is exactly 0 in float64 while the file stays free of infinities.

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from transfercache.arrays import Float64Array, Int64Array
 from transfercache.heads.lbfgs import Curvature, Point, minimise
-from transfercache.heads.problem import Affine, Chosen, Float64Array, Int64Array, Problem
+from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.heads.select import select
 from transfercache.heads.softmax_loss import SoftmaxLoss
 from transfercache.heads.standardise import Scale, Standardised

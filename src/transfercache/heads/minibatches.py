@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from transfercache.heads.problem import Float32Array, Int64Array
+from transfercache.arrays import Float32Array, Int64Array
 from transfercache.heads.standardise import Standardised
 
 #: Rows that are read from a file at once, and how many such chunks, drawn over the whole file, are mixed.

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from transfercache.arrays import Float32Array, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError
-from transfercache.heads.linear_head import Float32Array, Int64Array, LinearHead
+from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.select import divide_folds
 
 Fit = Callable[[FeatureTable], LinearHead]

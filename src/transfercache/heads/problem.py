@@ -8,12 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.cache.blocks import FeatureBlocks
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 #: What was selected and how, in JSON's types; it travels in the MODEL file.
 Chosen = dict[str, Any]

@@ -13,9 +13,10 @@ from functools import reduce
 
 import numpy as np
 
+from transfercache.arrays import Float32Array, Float64Array, Int64Array
 from transfercache.cache.blocks import BLOCK_ROWS
 from transfercache.heads.calibration import fit_temperature
-from transfercache.heads.problem import Affine, Chosen, Float32Array, Float64Array, Int64Array, Problem
+from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.heads.select import Fold, make_folds, warn_not_chosen
 from transfercache.heads.standardise import least_deviation
 from transfercache.heads.threads import one_blas_thread, share_rows

@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from transfercache import config
+from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.cache.blocks import in_order
-from transfercache.heads.problem import Affine, BoolArray, Chosen, Float64Array, Int64Array, Problem
+from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.splits import assign_folds
 
 logger = logging.getLogger(__name__)

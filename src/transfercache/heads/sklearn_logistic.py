@@ -10,8 +10,9 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from transfercache.arrays import Float64Array
 from transfercache.heads.logistic import C_GRID, DEFAULT_C
-from transfercache.heads.problem import Affine, Chosen, Float64Array, Problem
+from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.heads.select import select
 from transfercache.heads.standardise import Scale
 from transfercache.heads.threads import threads_for

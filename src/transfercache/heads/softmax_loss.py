@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from transfercache.heads.problem import Float64Array, Int64Array
+from transfercache.arrays import Float64Array, Int64Array
 from transfercache.heads.standardise import Standardised
 from transfercache.heads.threads import share_rows
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from transfercache.arrays import Float64Array, Int64Array
 from transfercache.cache.blocks import FeatureBlocks
-from transfercache.heads.problem import Affine, Float64Array, Int64Array
+from transfercache.heads.problem import Affine
 from transfercache.heads.threads import share_rows
 
 #: Standardised rows are kept in memory up to this; more are read and standardised again in every pass.

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.files import replacing
-from transfercache.heads.linear_head import Float64Array, Int64Array
-from transfercache.metrics import BoolArray
 
 COLUMNS = ("path", "label", "suggested_label", "self_confidence", "margin", "rank", "is_issue")
 

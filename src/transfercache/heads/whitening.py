@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from transfercache.heads.problem import Float64Array, Problem
+from transfercache.arrays import Float64Array
+from transfercache.heads.problem import Problem
 from transfercache.heads.standardise import Standardised
 from transfercache.randomness import derive_rng
 

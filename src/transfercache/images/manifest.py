@@ -17,15 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from transfercache.arrays import Int64Array, UInt8Array
 from transfercache.classes import check_classes
 from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.images.ahead import run_ahead
 from transfercache.splits import Split, check_val_fraction, complete_split, join_groups
-
-Int64Array = npt.NDArray[np.int64]
-UInt8Array = npt.NDArray[np.uint8]
 
 #: A file may change again within its time stamp's granularity (2 s on FAT), so a younger one proves nothing.
 _YOUNG_NS = 2_000_000_000

@@ -6,13 +6,11 @@ import math
 from typing import Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from transfercache.arrays import UInt8Array
 from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
-
-UInt8Array = npt.NDArray[np.uint8]
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

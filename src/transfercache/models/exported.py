@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from transfercache.arrays import Float32Array
 from transfercache.backbones.choice import Engine
 from transfercache.backbones.engines import full_float32, normalise
 from transfercache.backbones.registry import Backbone, network_with_head, plain_call, plain_network
@@ -32,9 +33,8 @@ _ONNX_INPUT, _ONNX_OUTPUT = "images", "logits"
 # Of protobuf, in which an ONNX file is one message.
 _MAX_ONNX_BYTES = (1 << 31) - (1 << 20)
 
-FloatArray = npt.NDArray[np.float32]
 #: From images, float32 [B, 3, crop, crop], to logits, float32 [B, C].
-Run = Callable[[FloatArray], FloatArray]
+Run = Callable[[Float32Array], Float32Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class SideBySide:
     head: LinearHead
     run: Run
 
-    def embed(self, pixels: npt.NDArray[np.uint8]) -> FloatArray:
+    def embed(self, pixels: npt.NDArray[np.uint8]) -> Float32Array:
         """Return float32 [B, 2 C] for uint8 [B, H, W, 3]."""
         own = self.head.logits(self.engine.embed(pixels)) / self.head.temperatures
         images = normalise(torch.from_numpy(pixels), self.head.spec.preprocessing).contiguous().numpy()
@@ -172,9 +172,9 @@ def _run_of(state: Mapping[str, torch.Tensor], backbone: str, n_classes: int) ->
         call = plain_call(backbone, n_classes)
         raise UsageError(f"the tensors do not load into {call} ({reason}); pass --format onnx") from error
 
-    def run(images: FloatArray) -> FloatArray:
+    def run(images: Float32Array) -> Float32Array:
         with torch.inference_mode(), full_float32():
-            logits: FloatArray = network(torch.from_numpy(images)).numpy()
+            logits: Float32Array = network(torch.from_numpy(images)).numpy()
         return logits
 
     return run
@@ -185,8 +185,8 @@ def _read_onnx(path: Path, backbone: str, n_classes: int) -> Run:
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(images: FloatArray) -> FloatArray:
-        logits: FloatArray = session.run([_ONNX_OUTPUT], {_ONNX_INPUT: images})[0]
+    def run(images: Float32Array) -> Float32Array:
+        logits: Float32Array = session.run([_ONNX_OUTPUT], {_ONNX_INPUT: images})[0]
         return logits
 
     return run

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
+from transfercache.arrays import Float32Array
 from transfercache.errors import ModelError
 from transfercache.files import check_writable, write_atomic
 from transfercache.heads.linear_head import LinearHead
@@ -46,15 +47,13 @@ CANARY_TOLERANCE = {"fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
 # Of the logits themselves: a bias in float32 rounds away what is smaller.
 CANARY_ROUNDING = 1e-6
 
-FloatArray = npt.NDArray[np.float32]
-
 
 @dataclass(frozen=True, eq=False)
 class Model:
     """A head with what prediction needs: its spec, where the backbone's weights came from, and canary logits."""
 
     head: LinearHead
-    canary_logits: FloatArray  # float32 [4, C]: the logits of `backbones.canaries.canary_pixels`
+    canary_logits: Float32Array  # float32 [4, C]: the logits of `backbones.canaries.canary_pixels`
     weights_source: dict[str, str]
     reported: dict[str, Any] | None = None
     backbone_tensors: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)  # not empty: fine-tuned
@@ -110,7 +109,7 @@ def load_model(path: Path) -> Model:
         raise ModelError(f"{path}: not a model of this tlc ({error}); train it again") from error
 
 
-def check_canaries(path: Path, model: Model, embeddings: FloatArray) -> None:
+def check_canaries(path: Path, model: Model, embeddings: Float32Array) -> None:
     """Compare the logits of fresh canary embeddings, float32 [4, D], with those kept in the file.
 
     Raises ModelError where they differ, or where the head does not take embeddings of this length.
