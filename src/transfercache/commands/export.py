@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +17,7 @@ from transfercache import config
 from transfercache.arrays import Float32Array
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
-from transfercache.commands.inputs import BadImage, log_bad, log_skipped
+from transfercache.commands.inputs import BadImage, log_skipped
 from transfercache.commands.predict import embed_images
 from transfercache.errors import ModelError, UsageError
 from transfercache.extract.loop import Embedder
@@ -27,6 +28,8 @@ from transfercache.models.exported import SideBySide, classifier_of, pick_format
 from transfercache.models.head_file import Model, load_model
 from transfercache.models.network import checked_engine, load_backbone_of
 from transfercache.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -133,7 +136,8 @@ def export(
     if not chosen.holds_metadata:
         sidecar = target.with_name(f"{target.name}.json")
         write_atomic(sidecar, json.dumps(classifier.metadata, indent=1).encode())
-    log_bad(bad, 0 if photos is None else photos.n_rows, on_bad="fail")
+    if photos is not None and bad:
+        logger.warning("%d of %d images are unreadable; the others were compared", len(bad), photos.n_rows)
     return Exported(
         model=path,
         format=format,
