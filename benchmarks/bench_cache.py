@@ -50,7 +50,7 @@ def write_ours(folder: Path, features: Array) -> tuple[float, float]:
                 writer.write(np.arange(start, start + len(block)), block)
                 writer.commit()
 
-        return timed(write), timed(lambda: require(writer.valid().all()))
+        return timed(write), timed(lambda: require(ShardReader(path, entry).valid().all()))
     finally:
         os.close(descriptor)
         path.unlink()
