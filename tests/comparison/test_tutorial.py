@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms
+from tqdm import tqdm
 
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.comparison import tutorial
@@ -175,7 +176,8 @@ def test_train_epoch__frozen_backbone_keeps_its_weights_and_moves_its_statistics
     optimizer = make_optimizer(network, "fc", lr_backbone=None)
     before = copy.deepcopy(network.state_dict())
     images = TutorialImages(manifest, TRAIN, train_transform(backbone.preprocessing), seed=0)
-    tutorial.train_epoch(network, make_loader(images, seed=0, workers=0), optimizer, device=CPU, bar=tutorial._shown(8))
+    batches = make_loader(images, seed=0, workers=0)
+    tutorial.train_epoch(network, batches, optimizer, device=CPU, bar=tqdm(total=8, disable=True))
     moved = {name for name, tensor in network.state_dict().items() if not torch.equal(before[name], tensor)}
     assert {"fc.weight", "fc.bias", "bn1.running_mean", "bn1.running_var"} <= moved
     assert not any(name.endswith((".weight", ".bias")) for name in moved - {"fc.weight", "fc.bias"})
