@@ -93,9 +93,11 @@ def main(given: argparse.Namespace) -> None:
         extractor = Extractor(manifest, Path(folder) / "cache", EmbedOptions(), choose_engine(device="cpu"), 0.0)
         extraction, activations = cache_activations(extractor, backbone, boundary_before(backbone, last))
         made = {"seconds": round(extraction.record["seconds"], 2), "engine": extraction.engine}
+        # `auto` is measured where it is something of its own.
+        named = {training_compute(compute, CPU): compute for compute in reversed(given.compute.split(","))}
         by_compute = {
             compute: measure(manifest, backbone, activations, compute=compute, repeats=given.repeats)
-            for compute in given.compute.split(",")
+            for compute in reversed(named.values())
         }
     document = {
         "images": manifest.n_rows,

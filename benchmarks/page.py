@@ -64,6 +64,7 @@ _TARGETS = (
 #: Of a benchmark's JSON, what is no figure, or said once for all.
 _LEFT_OUT = ("environment", "runs")
 _SPREAD = ("median", "min", "max")
+_NOT_MEASURED = "not measured"
 
 
 def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -96,7 +97,7 @@ def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Mapping
 def _targets(lettered: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table of all targets, with a column for each machine that measured one of them."""
     measured = {letter: [_measured(kept, keys) for _, _, keys in _TARGETS] for letter, kept in lettered.items()}
-    measured = {letter: column for letter, column in measured.items() if any(column)}
+    measured = {letter: column for letter, column in measured.items() if set(column) != {_NOT_MEASURED}}
     rows = (
         [what, target, *(column[n] for column in measured.values())] for n, (what, target, _) in enumerate(_TARGETS)
     )
@@ -111,7 +112,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _measured(figures: Any, keys: str) -> str:
     for key in keys.split("/"):
         if isinstance(figures, Mapping) and key not in figures:
-            return ""
+            return _NOT_MEASURED
         figures = figures[int(key) if isinstance(figures, list) else key]
     return _shown(figures)
 

@@ -85,7 +85,7 @@ def fetch(url: str, destination: Path, *, sha256: str = DIGEST, max_bytes: int =
 @pytest.mark.parametrize("digits", [64, 8])
 def test_download__verifies_and_is_not_repeated(server: Server, tmp_path: Path, digits: int) -> None:
     destination = tmp_path / "new" / "file.bin"
-    assert fetch(server.url, destination, sha256=DIGEST[:digits]) == destination
+    assert fetch(server.url, destination, sha256=DIGEST[:digits].upper()) == destination
     assert destination.read_bytes() == BODY
     fetch(server.url, destination)
     assert server.ranges == [None]
@@ -183,11 +183,17 @@ def test_download__missing_on_the_server(server: Server, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/file.bin", "/etc/hostname"])
-def test_download__a_redirect_leads_to_no_other_scheme(server: Server, tmp_path: Path, url: str) -> None:
+def test_download__only_http(server: Server, tmp_path: Path, url: str) -> None:
+    with pytest.raises(DownloadError, match="only http and https"):
+        fetch(url, tmp_path / "file.bin")
     server.redirect_to = url
     with pytest.raises(DownloadError):
         fetch(server.url, tmp_path / "file.bin")
-    assert not (tmp_path / "file.bin").exists()
+
+
+def test_download__too_few_digits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="8 to 64 hex digits"):
+        fetch("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", sha256="abcd")
 
 
 def test_download__another_download_of_the_same_file(server: Server, tmp_path: Path) -> None:
@@ -209,7 +215,7 @@ def symlink_member() -> zipfile.ZipInfo:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    unpack_zip(archive, folder, max_bytes=1000)
+    unpack_zip(archive, folder, max_bytes=1000, max_files=4)
 
 
 def test_unpack_zip__files_and_folders(tmp_path: Path) -> None:
@@ -222,11 +228,13 @@ def test_unpack_zip__files_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("../evil.jpg", b"x")], r"its member '../evil.jpg' is a link or leaves the folder; not unpacked"),
+        ([("../evil.jpg", b"x")], r"its member '../evil.jpg' is a path that leaves the folder; not unpacked"),
         ([("ok/../../evil.jpg", b"x")], "leaves the folder"),
-        ([("/evil.jpg", b"x")], "its member '/evil.jpg' is a link or leaves the folder"),
-        ([(symlink_member(), b"/etc/hostname")], "'data/link.jpg' is a link or leaves the folder"),
+        ([("/evil.jpg", b"x")], "its member '/evil.jpg' is an absolute path"),
+        ([("C:/evil.jpg", b"x")], "is an absolute path"),
+        ([(symlink_member(), b"/etc/hostname")], "'data/link.jpg' is a link or a special file"),
         ([("big.jpg", b"0" * 1001)], "unpacks to 1002 bytes, more than the 1000 expected"),
+        ([(f"{number}.jpg", b"x") for number in range(5)], "holds 6 files, more than the 4 expected"),
     ],
 )
 def test_unpack_zip__hostile_archive_leaves_nothing(tmp_path: Path, members: list[Any], message: str) -> None:
@@ -235,6 +243,13 @@ def test_unpack_zip__hostile_archive_leaves_nothing(tmp_path: Path, members: lis
         unpack(archive, tmp_path / "in" / "out")
     assert not (tmp_path / "in").exists()
     assert not list(tmp_path.glob("**/evil.jpg"))
+
+
+def test_unpack_zip__member_named_twice(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        archive = make_zip(tmp_path / "a.zip", ("a.jpg", b"x"), ("a.jpg", b"y"))
+    with pytest.raises(DataError, match=r"'a\.jpg' is named twice"):
+        unpack(archive, tmp_path / "out")
 
 
 def test_unpack_zip__member_that_is_file_and_folder(tmp_path: Path) -> None:

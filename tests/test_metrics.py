@@ -153,3 +153,18 @@ def test_evaluate__no_row_is_an_error_that_names_the_split():
         evaluate(
             np.empty(0, np.int64), np.empty((0, 2)), class_names=NAMES[:2], n_train_per_class=np.ones(2), split="val"
         )
+
+
+@pytest.mark.parametrize(
+    ("target", "n_columns", "message"),
+    [([0, 2], 2, "labels must lie between 0 and 1"), ([-1, 0], 2, "labels must lie"), ([0, 1], 3, "do not fit 2 rows")],
+)
+def test_evaluate__arrays_that_do_not_fit_are_refused(target, n_columns, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(
+            np.array(target),
+            np.full((2, n_columns), 0.5),
+            class_names=NAMES[:2],
+            n_train_per_class=np.ones(2),
+            split="val",
+        )

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
@@ -32,6 +32,8 @@ _LOG = logging.getLogger(__name__)
 _BLOCK_BYTES = 1 << 18
 #: For the name lookup, and for every answer of the server.
 _WAIT_SECONDS = 5.0
+#: 32 bits, as in the names of torch hub files; fewer digits would prove too little.
+_MIN_DIGITS = 8
 _NETWORK_ERRORS = (OSError, http.client.HTTPException)  # URLError and timeouts are OSErrors
 # What zipfile raises for damage, for a compression it does not know (NotImplementedError), and for an encrypted member.
 _ARCHIVE_ERRORS = (
@@ -43,13 +45,18 @@ _ARCHIVE_ERRORS = (
 def download(url: str, destination: Path, *, sha256: str, max_bytes: int) -> Path:
     """Bring `url` to `destination`, verified, and return it; a file that is there and right needs no network.
 
-    `sha256` is the digest in lower-case hex, or its first digits (at least 8). An interrupted download leaves
+    `sha256` is the digest in hex, or its first digits (at least 8). An interrupted download leaves
     `<destination>.part` and goes on from there. Every wait is bounded, not the whole.
     Raises DownloadError: unreachable, larger than `max_bytes`, or of another digest, and also where a file of
     another digest stands at `destination` already (it is never overwritten).
     """
+    digits = sha256.lower()
+    if not re.fullmatch(rf"[0-9a-f]{{{_MIN_DIGITS},64}}", digits):
+        raise ValueError(f"sha256 {sha256!r} must be {_MIN_DIGITS} to 64 hex digits")
+    if not url.lower().startswith(("http://", "https://")):
+        raise DownloadError(f"{url}: only http and https addresses are downloaded")
     if destination.exists():
-        _verify(destination, sha256, "remove it and run the same command again")
+        _verify(destination, digits, "remove it and run the same command again")
         return destination
     part = destination.with_name(destination.name + ".part")
     with resource_errors(destination):
@@ -57,7 +64,7 @@ def download(url: str, destination: Path, *, sha256: str, max_bytes: int) -> Pat
     with locked(destination.with_name(f".{destination.name}.lock"), what=str(destination)):
         _fill(part, url, destination, max_bytes=max_bytes)
         try:
-            _verify(part, sha256, f"nothing was kept of {url}; run the same command again")
+            _verify(part, digits, f"nothing was kept of {url}; run the same command again")
         except DownloadError:
             part.unlink()
             raise
@@ -208,27 +215,55 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def unpack_zip(archive: Path, folder: Path, *, max_bytes: int) -> None:
+def unpack_zip(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> None:
     """Unpack `archive` into the new folder `folder`, all of it or nothing.
 
-    Raises DataError, before anything is written, for a member that is a link or leaves the folder, and for more than
-    `max_bytes` in all; also for a damaged archive.
+    Raises DataError, before anything is written, for an absolute or `..` member, a link or other special file, an
+    encrypted or repeated one, and for more files or unpacked bytes than are allowed; also for a damaged archive.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
-            _check_members(archive, opened.infolist(), max_bytes)
+            members = opened.infolist()
+            _check_members(archive, members, max_bytes=max_bytes, max_files=max_files)
             with whole_folder(folder) as temporary:
-                opened.extractall(temporary)
+                for member in members:
+                    _unpack_member(opened, member, temporary)
     except _ARCHIVE_ERRORS as error:
         raise DataError(f"{archive}: not a readable zip archive ({error}); remove it and fetch it again") from error
 
 
-def _check_members(archive: Path, members: list[zipfile.ZipInfo], max_bytes: int) -> None:
+def _check_members(archive: Path, members: list[zipfile.ZipInfo], *, max_bytes: int, max_files: int) -> None:
     # zipfile never yields more bytes for a member than its header declares, so the declared sizes bound the total.
+    if len(members) > max_files:
+        raise DataError(f"{archive}: holds {len(members)} files, more than the {max_files} expected; not unpacked")
     n_bytes = sum(member.file_size for member in members)
     if n_bytes > max_bytes:
         raise DataError(f"{archive}: unpacks to {n_bytes} bytes, more than the {max_bytes} expected; not unpacked")
+    seen: set[str] = set()
     for member in members:
-        path, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
-        if path.is_absolute() or ".." in path.parts or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise DataError(f"{archive}: its member {member.filename!r} is a link or leaves the folder; not unpacked")
+        fault = _fault(member) or ("named twice" if member.filename in seen else None)
+        if fault:
+            raise DataError(f"{archive}: its member {member.filename!r} is {fault}; not unpacked")
+        seen.add(member.filename)
+
+
+def _fault(member: zipfile.ZipInfo) -> str | None:
+    parts = member.filename.split("/")
+    if member.filename.startswith("/") or ":" in parts[0] or "\\" in member.filename:
+        return "an absolute path"
+    if ".." in parts:
+        return "a path that leaves the folder"
+    kind = stat.S_IFMT(member.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "a link or a special file"
+    return "encrypted" if member.flag_bits & 1 else None
+
+
+def _unpack_member(opened: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    target = folder / member.filename
+    if member.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with opened.open(member) as source, open(target, "xb") as file:
+        shutil.copyfileobj(source, file, _BLOCK_BYTES)

@@ -190,6 +190,11 @@ def evaluate(
     The predicted class is the most probable one that has training rows (ties: the first), so that a row of a class
     that was never trained on always counts as wrong. Raises DataError where there is no row.
     """
+    n_classes = len(class_names)
+    if probabilities.shape != (len(target), n_classes) or len(n_train_per_class) != n_classes:
+        raise ValueError(f"probabilities {probabilities.shape} do not fit {len(target)} rows of {n_classes} classes")
+    if len(target) and (target.min() < 0 or target.max() >= n_classes):
+        raise ValueError(f"labels must lie between 0 and {n_classes - 1}")
     answers = Answers.of(target, probabilities, n_train_per_class=n_train_per_class)
     return report_on(target, answers, class_names=class_names, n_train_per_class=n_train_per_class, split=split)
 

@@ -61,3 +61,5 @@ def test_standardised__rows_read_anew_equal_those_in_memory(monkeypatch):
     assert (kept.is_in_memory, streamed.is_in_memory) == (True, False)
     np.testing.assert_array_equal(streamed.read(3, 4100), kept.read(3, 4100))
     np.testing.assert_array_equal(kept.take(np.array([7, 2])), kept.read(0, 8)[[7, 2]])
+    with pytest.raises(ValueError, match="scattered rows"):
+        streamed.take(np.array([7, 2]))

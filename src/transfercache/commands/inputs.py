@@ -134,7 +134,7 @@ def known_files(folder: Path | None) -> dict[str, KnownFile]:
 def known_views(folder: Path | None) -> int:
     """Return how many rows the cache at `folder` has of each image; without one, how many it would be given."""
     rows = None if folder is None else Store(folder).rows()
-    return config.VIEWS if rows is None else int(rows.view.max(initial=0)) + 1
+    return config.VIEWS if rows is None else rows.n_views
 
 
 def log_bad(bad: Sequence[BadImage], n_images: int, *, on_bad: config.OnBad) -> None:

@@ -108,7 +108,8 @@ class Standardised:
 
     def take(self, index: Int64Array) -> npt.NDArray[Any]:
         """Return the rows at `index` [B] as [B, D]; only where they are in memory."""
-        assert self._rows is not None
+        if self._rows is None:
+            raise ValueError("scattered rows are not read from a file")
         return self._rows[index]
 
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
