@@ -125,7 +125,8 @@ def main(given: argparse.Namespace) -> None:
         for seed in range(given.seeds):
             head = fit_head(table, seed=seed)
             sides = {"finetune": None, "lp-ft": head}
-            seeds.append({name: first_epoch(manifest, backbone, seed=seed, start=head) for name, head in sides.items()})
+            runs = {name: first_epoch(manifest, backbone, seed=seed, start=head) for name, head in sides.items()}
+            seeds.append({"seed": seed, **runs})
     lower = [runs["lp-ft"]["held_out_loss"] < runs["finetune"]["held_out_loss"] for runs in seeds]
     document = {
         "images": given.images,
