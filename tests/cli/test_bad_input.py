@@ -486,6 +486,51 @@ def test_cache_folder_that_cannot_be_made(tlc: Run, made: Path, tmp_path: Path) 
     assert "cannot be written (Not a directory)" in line
 
 
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be searched; root may search every folder, so that it is refused here as others are."""
+    folder, look = tmp_path / "closed", os.stat
+    folder.mkdir()
+
+    def refuse_below(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if folder in Path(os.path.abspath(path) if isinstance(path, (str, Path)) else "/").parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", refuse_below)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train-head", "closed/cache"),
+        ("predict", "closed/head.safetensors", "pets"),
+        ("cache", "list", "--cache-dir=closed/cache"),
+        ("extract-features", "pets", "--weights=random", "--cache-dir=closed/cache"),
+        ("extract-features", "pets", "--weights=closed/weights.pth"),
+    ],
+)
+def test_path_below_a_folder_that_may_not_be_searched(
+    tlc: Run, made: Path, tmp_path: Path, closed: Path, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "pets").symlink_to(made / "pets")
+    line = _refused(tlc, *words, code=6)
+    assert line.startswith(("tlc: closed/", f"tlc: {closed}/"))
+    assert line.endswith(": Permission denied; change its permissions or its folder's, or choose another path")
+
+
+def test_doctor__says_that_a_folder_may_not_be_searched(
+    tlc: Run, closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRANSFERCACHE_DIR", str(closed / "cache"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != closed and access(path, mode))
+    ended = tlc("doctor")
+    assert ended.code == 0
+    assert f"caches: {closed}/cache (cannot be written)\n" in ended.out
+
+
 # --- words that the command line's types do not catch
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from transfercache.cli import cache_handlers, handlers
-from transfercache.errors import Terminated, TlcError
+from transfercache.errors import ResourceError, Terminated, TlcError
 from transfercache.text import one_line
 from transfercache.version import __version__
 
@@ -123,7 +123,11 @@ def _report(error: BaseException, *, kept: str, is_debug: bool) -> int:
         return error.exit_code
     if isinstance(error, MemoryError):
         _say("out of memory; a smaller --batch-size or fewer --workers need less")
-        return 6
+        return ResourceError.exit_code
+    if isinstance(error, PermissionError) and error.filename is not None:
+        # Paths are looked at in many places, and below a folder that may not be searched each look is refused.
+        _say(f"{error.filename}: {error.strerror}; change its permissions or its folder's, or choose another path")
+        return ResourceError.exit_code
     _say(f"a bug in tlc: {type(error).__name__}: {error}; run it again with --debug and report the traceback")
     return 1
 

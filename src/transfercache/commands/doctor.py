@@ -142,7 +142,8 @@ def _folders() -> dict[str, Path]:
 
 def _describe_folder(what: str, path: Path) -> dict[str, Any]:
     absolute = path.expanduser().absolute()
-    # What does not exist yet is made, where the nearest folder above it can be written.
-    nearest = next(folder for folder in (absolute, *absolute.parents) if folder.exists())
+    # What does not exist yet is made, where the nearest folder above it can be written. Path.exists would raise below a
+    # folder that may not be searched; to this, that folder is the nearest.
+    nearest = next(folder for folder in (absolute, *absolute.parents) if os.path.exists(folder))
     is_writable = nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
     return {"what": what, "path": str(absolute), "is_writable": is_writable}
