@@ -319,6 +319,14 @@ def test_compare__results_that_cannot_be_written__are_refused_before_anything_ru
     assert not (photos / "cache").exists()
 
 
+def test_compare__cache_folder_that_cannot_be_written__is_refused_before_anything_trains(photos: Path) -> None:
+    (photos / "cache").touch()
+    told: list[str] = []
+    with pytest.raises(ResourceError, match=r"cache/results/.*: cannot be written \(.*\); choose another path"):
+        run(photos, strategies="finetune", epochs=1, on_estimate=lambda label, seconds: told.append(label))
+    assert told == []
+
+
 def test_compare__nothing_is_held_out(photos: Path) -> None:
     folder = photos / "photos" / "train"
     with pytest.raises(DataError, match="no labelled image is held out"):

@@ -13,6 +13,7 @@ from transfercache.comparison.results import Seconds, load_result
 from transfercache.comparison.schedule import plan_jobs, run_jobs
 from transfercache.comparison.strategy import Outcome, Setting, Source, Strategy, Work
 from transfercache.comparison.summary import Entry, LeftOut
+from transfercache.errors import ResourceError
 
 from .conftest import MakeSetting
 
@@ -83,6 +84,19 @@ def test_run_jobs__kept_results_are_shown_again(recorded: Recorded, plan: Plan) 
     assert recorded.ran == [("b", 0), ("a", 0)]
     list(run_jobs(plan(*strategies, reuse=False)))
     assert recorded.ran == [("b", 0), ("a", 0), ("b", 0), ("a", 0)]
+
+
+def test_run_jobs__where_no_result_can_be_kept__nothing_runs_but_kept_ones_are_shown(
+    recorded: Recorded, plan: Plan, tmp_path: Path
+) -> None:
+    list(run_jobs(plan(recorded.make("a"))))
+    kept, more = plan(recorded.make("a")), plan(recorded.make("a"), recorded.make("b"))
+    (tmp_path / "results").rename(tmp_path / "moved")
+    (tmp_path / "results").touch()
+    with pytest.raises(ResourceError, match=rf"{tmp_path}/results/.* cannot be written .*; choose another path"):
+        next(run_jobs(more))
+    assert [item.label for item in run_jobs(kept)] == ["a"]
+    assert recorded.ran == [("a", 0)]
 
 
 def test_run_jobs__further_seeds_alone_are_run(recorded: Recorded, plan: Plan) -> None:

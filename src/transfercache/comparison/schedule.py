@@ -14,6 +14,7 @@ from transfercache.comparison.results import RunResult, save_result
 from transfercache.comparison.strategies import load_kept, result_path, run_strategy
 from transfercache.comparison.strategy import Loop, Setting, Strategy
 from transfercache.comparison.summary import Entry, LeftOut
+from transfercache.files import check_writable
 
 #: Told a label and how many seconds its runs will still take: before the first, and again after the first epoch.
 OnEstimate = Callable[[str, float], None]
@@ -59,7 +60,10 @@ def run_jobs(
 
     A job that will not be over before `deadline` (on the clock of `time.perf_counter`) is left out. The estimates
     come from a few images timed on this machine, so those are read only where something has to be trained.
+    Raises ResourceError at once where there is something to run, and its result could not be kept.
     """
+    for path in [job.paths[seed] for job in jobs for seed in job.missing][:1]:  # all lie in one folder
+        check_writable(path)
 
     @functools.cache
     def pace_of(setting: Setting, loop: Loop) -> Pace:
