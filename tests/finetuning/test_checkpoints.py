@@ -131,6 +131,16 @@ def test_held__leaves_no_folder_behind_where_nothing_is_in_it(folder: Path) -> N
     assert not folder.exists()
 
 
+def test_held__interrupted_after_a_kill_within_the_first_write__leaves_no_folder_and_its_own_error(
+    folder: Path,
+) -> None:
+    folder.mkdir(parents=True)
+    (folder / ".000001-000000000000.pt.99.tmp").touch()
+    with pytest.raises(KeyboardInterrupt), Checkpoints(folder).held():
+        raise KeyboardInterrupt
+    assert not folder.exists()
+
+
 def test_held__by_one_run_at_a_time(folder: Path) -> None:
     first, second = Checkpoints(folder), Checkpoints(folder, resume=True)
     with first.held():

@@ -62,7 +62,8 @@ class Checkpoints:
                 yield
             finally:
                 if not self._kept():
-                    (self.folder / _LOCK).unlink()
+                    for path in (*self._torn(), self.folder / _LOCK):
+                        path.unlink()
                     self.folder.rmdir()
 
     def part(self, prefix: str, *, is_first: bool) -> Checkpoints:
@@ -109,7 +110,7 @@ class Checkpoints:
         """Remove them all, the MODEL being written; or those of this part, its result being kept."""
         records = [] if self.prefix else self.folder.glob("*.json")
         # Records last: they say what run the others are of.
-        for path in (*self._paths(), *self.folder.glob(".*.tmp"), *records):
+        for path in (*self._paths(), *self._torn(), *records):
             path.unlink()
 
     def check_identity(self, path: Path, kept: Mapping[str, Any]) -> None:
@@ -123,6 +124,10 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.prefix}*.pt"))
+
+    def _torn(self) -> list[Path]:
+        """Return what runs left that were killed while they wrote."""
+        return list(self.folder.glob(".*.tmp"))
 
     def _kept(self) -> list[Path]:
         return [*self._paths(), *self.folder.glob("*.json")]
