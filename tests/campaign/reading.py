@@ -119,7 +119,7 @@ def _read_slots(folder: Path, original: Original, *, is_by_path: bool, is_by_con
 
 def _read_neighbour(folder: Path, original: Original, *, is_by_path: bool, is_by_content: bool) -> None:
     """As an extraction of other data beside it does; that passes over what it cannot trust."""
-    wanted = [digest + bytes([view]) for digest, view in original.held]
+    wanted = {digest + bytes([view]) for digest, view in original.held}
     for neighbour in find_neighbours(folder.parent, SPEC, wanted, dim=DIM):
         assert sum(run.computed for run in neighbour.shares(1)) >= 0
         for key, features in zip(neighbour.keys, neighbour.slots.take(neighbour.keys), strict=True):

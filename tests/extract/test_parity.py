@@ -137,6 +137,19 @@ def test_neighbour_of_other_versions__is_checked_or_not_used(
     assert (outcome.computed, outcome.reused, outcome.checked) == (0, 4, 4)
 
 
+def test_neighbour_that_is_refused__hides_no_other_that_holds_the_same_rows(
+    four: Any, turned: Any, tmp_path: Path
+) -> None:
+    def run_copy(name: str) -> tuple[int, int]:
+        copied = type(four)(Path(shutil.copytree(four.data, tmp_path / name)), four.cache_dir, versions=NEWER)
+        outcome = copied.run(turned(5.0))
+        return outcome.computed, outcome.reused
+
+    assert run_copy("zoo") == (4, 0)  # the older rows are those of pets, which is asked first
+    assert run_copy("copied") == (0, 4)
+    assert run_copy("copied-again") == (0, 4)
+
+
 def test_image_that_newer_versions_cannot_read__is_no_agreement(four: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(data: bytes, path: str) -> None:
         raise DecodeError(path, "not read any more")

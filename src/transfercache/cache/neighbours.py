@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,14 +49,13 @@ class Neighbour:
 
 
 def find_neighbours(
-    cache_dir: Path, spec: ExtractSpec, wanted: Collection[RowKey], *, dim: int, beside: Path | None = None
+    cache_dir: Path, spec: ExtractSpec, missing: Set[RowKey], *, dim: int, beside: Path | None = None
 ) -> Iterator[Neighbour]:
-    """Yield the caches of this spec that hold rows of `wanted`, each with those that no earlier one holds.
+    """Yield the caches of this spec that hold rows of `missing`, each with those that it holds.
 
-    The folder `beside` which they lie is not among them. A cache that cannot be read is named in a warning and passed
-    over: its rows are then computed.
+    Whoever asks takes out of `missing` what no further cache need be asked for. The folder `beside` which they lie is
+    not among them. A cache that cannot be read is named in a warning and passed over: its rows are then computed.
     """
-    missing = set(wanted)
     for other in sorted(cache_dir.glob(folder_pattern(spec))):
         if not missing:
             return
@@ -72,5 +71,4 @@ def find_neighbours(
             continue
         keys = [key for key in slots.held if key in missing]
         if keys:
-            missing.difference_update(keys)
             yield Neighbour(other, catalogue, slots, keys)

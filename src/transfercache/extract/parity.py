@@ -64,16 +64,18 @@ def trusted_neighbours(
     dim: int,
     beside: Path | None = None,
 ) -> Iterator[tuple[Neighbour, int]]:
-    """Yield the caches that hold rows of `wanted`, and how many rows of each were checked; see `find_neighbours`.
+    """Yield the caches that hold rows of `wanted`, each with those that none before it gave, and how many were checked.
 
-    One whose rows this machine would make otherwise is named in a warning and passed over.
+    One whose rows this machine would make otherwise is named in a warning and passed over; see also `find_neighbours`.
     """
-    for neighbour in find_neighbours(cache_dir, embedder.spec, wanted, dim=dim, beside=beside):
+    missing = set(wanted)
+    for neighbour in find_neighbours(cache_dir, embedder.spec, missing, dim=dim, beside=beside):
         try:
             n_checked = check_parity(neighbour, embedder, wanted)
         except CacheError as error:
             logger.warning("computed instead of taken from there: %s", error)
             continue
+        missing.difference_update(neighbour.keys)  # not those of one that is refused: another may hold them
         yield neighbour, n_checked
 
 
