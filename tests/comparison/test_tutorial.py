@@ -4,6 +4,7 @@ import copy
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,8 +25,11 @@ from transfercache.comparison.tutorial import (
     make_optimizer,
     train_transform,
 )
+from transfercache.errors import DataError
 from transfercache.images.manifest import Manifest
 from transfercache.randomness import derive_seed
+
+from .conftest import read, write_photos
 
 CPU = torch.device("cpu")
 # The made images: 8 to train on and 6 reported.
@@ -159,6 +163,18 @@ def test_train_tutorial__worker_processes_change_no_bit(manifest: Manifest, back
     shared = run(manifest, backbone, lr_backbone=None, workers=2)
     np.testing.assert_array_equal(alone.probabilities, shared.probabilities)
     assert losses_of(alone) == losses_of(shared)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")  # what DataLoader does
+@pytest.mark.parametrize("workers", [0, 2])
+def test_train_tutorial__image_that_changed_meanwhile(backbone: Backbone, tmp_path: Path, workers: int) -> None:
+    folder = write_photos(tmp_path / "photos", train=4, val=3)
+    manifest = read(folder)
+    (folder / "train" / "red" / "2.png").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        run(manifest, backbone, lr_backbone=None, workers=workers)
+    changed = "it changed while it was being compared, run the same command again"
+    assert str(caught.value) == f"train/red/2.png: empty file; {changed}"
 
 
 def test_train_tutorial__backbone_stays_as_it_was(manifest: Manifest, backbone: Backbone) -> None:

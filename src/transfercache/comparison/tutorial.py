@@ -9,7 +9,8 @@ https://pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from transfercache.backbones.devices import memory_errors, synchronize
 from transfercache.backbones.registry import Backbone, network_with_head
 from transfercache.backbones.weights import seeded
 from transfercache.comparison.strategy import Outcome, uncached
+from transfercache.errors import DataError, DecodeError
 from transfercache.images.decode import load_image
 from transfercache.images.manifest import Manifest
 from transfercache.metrics import accuracy, predicted_classes
@@ -57,7 +59,11 @@ class TutorialImages(Dataset[tuple[torch.Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         row = int(self.rows[index])
-        image = load_image(self.manifest.path_of(row), self.manifest.paths[row])
+        try:
+            image = load_image(self.manifest.path_of(row), self.manifest.paths[row])
+        except DecodeError as error:
+            # All of them could be decoded before. Of an error's parts, torch brings one text out of a worker process.
+            raise DataError(f"{error}; it changed while it was being compared, run the same command again") from error
         # torchvision's transforms draw from torch's global generator only.
         with seeded(derive_seed(self.seed, "tutorial-augment", self.epoch, index)):
             return self.transform(image), int(self.manifest.labels[row])
@@ -80,7 +86,7 @@ def train_tutorial(
     `chosen` of the outcome has what the tutorial prints of each epoch: the mean loss over the images as they were
     trained on, and the accuracy on the reported ones. `backbone` stays as it was. `on_epoch` is told the epoch that is
     done, and how many there are. The same seed gives the same bits on the same machine's CPU, whatever `workers`.
-    Raises ResourceError where the device has not the memory.
+    Raises ResourceError where the device has not the memory, DataError where an image cannot be decoded any more.
     """
     watch = Stopwatch()
     network = network_with_head(backbone, len(manifest.class_names), seed=seed).to(device)
@@ -95,7 +101,7 @@ def train_tutorial(
     probabilities = np.zeros((0, 0))
     n_images = TUTORIAL_EPOCHS * (len(train) + len(reported))
     progress = tqdm(total=n_images, desc="tutorial", unit="img", leave=False, file=sys.stderr, disable=None)
-    with progress as bar, seeded(derive_seed(seed, "dropout")), memory_errors(device):
+    with progress as bar, seeded(derive_seed(seed, "dropout")), memory_errors(device), _worker_errors():
         for epoch in range(1, TUTORIAL_EPOCHS + 1):
             augmented.epoch = epoch
             with watch.stage("train"):
@@ -117,6 +123,15 @@ def train_tutorial(
         chosen={"by": "last epoch", "by_epoch": by_epoch},
         best_on_reported={"accuracy": max(accuracies), "epoch": 1 + accuracies.index(max(accuracies))},
     )
+
+
+@contextmanager
+def _worker_errors() -> Iterator[None]:
+    """Give an error of a worker process its own words again, which torch puts behind the traceback there."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).rpartition("DataError: ")[2].strip()) from error
 
 
 def make_optimizer(network: nn.Module, head_path: str, *, lr_backbone: float | None) -> torch.optim.SGD:
