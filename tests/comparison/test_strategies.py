@@ -12,7 +12,7 @@ import torch
 from transfercache.backbones.cut import frozen_part
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison import trained, tutorial
-from transfercache.comparison.results import save_result
+from transfercache.comparison.results import RunResult, save_result
 from transfercache.comparison.rows import select_rows
 from transfercache.comparison.strategies import STRATEGIES, load_kept, pick_strategies, result_path, run_strategy
 from transfercache.comparison.strategy import Loop, Setting, Strategy
@@ -323,12 +323,12 @@ def test_load_kept__found_again_with_the_rows_of_today(
     save_result(result, tmp_path / "kept.safetensors")
     setting = make_setting(manifest)
     later = replace(setting, rows=replace(setting.rows, row=setting.rows.row + 100))
-    kept = load_kept(tmp_path / "kept.safetensors", later)
+    kept = load_kept(tmp_path / "kept.safetensors", strategy("knn"), later, 1)  # nothing in it is drawn
     assert kept is not None
     assert kept.row.tolist() == [108, 109, 110, 111, 112, 113]
     assert kept.date == result.date
     assert kept.extraction == {**RECORD, "is_from_this_run": False}
-    assert load_kept(tmp_path / "other.safetensors", later) is None
+    assert load_kept(tmp_path / "other.safetensors", strategy("knn"), later, 0) is None
 
 
 def test_load_kept__damaged_one_is_named_and_made_again(
@@ -337,6 +337,26 @@ def test_load_kept__damaged_one_is_named_and_made_again(
     path = tmp_path / "kept.safetensors"
     path.write_text("{")
     with caplog.at_level(logging.WARNING):
-        assert load_kept(path, setting) is None
+        assert load_kept(path, strategy("knn"), setting, 0) is None
     assert f"{path}: not a result of this tlc" in caplog.text
     assert "it is computed again" in caplog.text
+
+
+def test_load_kept__one_of_another_run_is_named_and_made_again(
+    setting: Setting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "kept.safetensors"
+    result = run_strategy(strategy("linear"), setting, seed=0)
+
+    def is_taken(result: RunResult, name: str = "linear", seed: int = 0) -> bool:
+        save_result(result, path)
+        return load_kept(path, strategy(name), setting, seed) is not None
+
+    fewer = replace(result, row=result.row[1:], target=result.target[1:], probabilities=result.probabilities[1:])
+    assert is_taken(result)
+    with caplog.at_level(logging.WARNING):
+        assert not is_taken(fewer)
+        assert not is_taken(replace(result, target=1 - result.target))
+        assert not is_taken(result, "logistic")
+        assert not is_taken(result, seed=1)
+    assert caplog.messages == [f"{path}: of another run; delete it, or pass --fresh; it is computed again"] * 4

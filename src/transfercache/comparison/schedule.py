@@ -45,7 +45,7 @@ def plan_jobs(
         for setting in settings if strategy.has_backbone else settings[:1]:
             own_seeds = seeds if strategy.is_seeded else seeds[:1]
             paths = {seed: result_path(folder, strategy, setting, seed) for seed in own_seeds}
-            found = {seed: load_kept(path, setting) for seed, path in paths.items()} if reuse else {}
+            found = {seed: load_kept(path, strategy, setting, seed) for seed, path in paths.items()} if reuse else {}
             kept = {seed: result for seed, result in found.items() if result is not None}
             is_ambiguous = len(settings) > 1 and strategy.has_backbone
             label = f"{strategy.name} ({setting.backbone_name})" if is_ambiguous else strategy.name

@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+
 from transfercache import config
 from transfercache.backbones.devices import device_name
 from transfercache.comparison.cached import head, knn
@@ -89,12 +91,16 @@ def result_path(folder: Path, strategy: Strategy, setting: Setting, seed: int) -
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
 
-def load_kept(path: Path, setting: Setting) -> RunResult | None:
-    """Return the result that an earlier run kept at `path`, or None; a damaged one is named in a warning."""
+def load_kept(path: Path, strategy: Strategy, setting: Setting, seed: int) -> RunResult | None:
+    """Return the result that an earlier run kept at `path`, or None; one damaged or of another run is warned of."""
     if not path.exists():
         return None
+    target = setting.rows.manifest.labels[setting.rows.is_reported]
     try:
         kept = load_result(path)
+        is_of_run = kept.strategy == strategy.name and (kept.seed == seed or not strategy.is_seeded)
+        if not is_of_run or not np.array_equal(kept.target, target):
+            raise ArtefactError(f"{path}: of another run; delete it, or pass --fresh")
     except ArtefactError as error:
         logger.warning("%s; it is computed again", error)
         return None
