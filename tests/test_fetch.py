@@ -7,8 +7,10 @@ import re
 import socket
 import stat
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 
 from transfercache import fetch as fetch_module
-from transfercache.errors import DataError, DownloadError, LockedError
+from transfercache.errors import DataError, DownloadError
 from transfercache.fetch import download, unpack_zip, whole_folder
 from transfercache.files import locked
 
@@ -196,9 +198,21 @@ def test_download__too_few_digits(tmp_path: Path) -> None:
         fetch("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", sha256="abcd")
 
 
-def test_download__another_download_of_the_same_file(server: Server, tmp_path: Path) -> None:
-    with locked(tmp_path / ".file.bin.lock", what="x"), pytest.raises(LockedError):
-        fetch(server.url, tmp_path / "file.bin")
+def test_download__of_a_file_that_others_download__waits_and_finds_it(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    destination, n_others = tmp_path / "file.bin", 3
+    deadline = time.monotonic() + 20
+    with ThreadPoolExecutor(n_others) as pool:
+        with locked(tmp_path / ".file.bin.lock", what="x"):
+            found = [pool.submit(fetch, server.url, destination) for _ in range(n_others)]
+            while len(caplog.messages) < n_others and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert server.ranges == []
+        assert [each.result() for each in found] == [destination] * n_others
+    assert caplog.messages == [f"{destination}: another process is downloading it; waiting for that to end"] * n_others
+    assert server.ranges == [None]  # the first of them, as whoever held the lock had brought nothing
+    assert destination.read_bytes() == BODY
 
 
 def make_zip(path: Path, *members: tuple[str | zipfile.ZipInfo, bytes]) -> Path:

@@ -46,7 +46,8 @@ def download(url: str, destination: Path, *, sha256: str, max_bytes: int) -> Pat
     """Bring `url` to `destination`, verified, and return it; a file that is there and right needs no network.
 
     `sha256` is the digest in hex, or its first digits (at least 8). An interrupted download leaves
-    `<destination>.part` and goes on from there. Every wait is bounded, not the whole.
+    `<destination>.part` and goes on from there. Every wait is bounded, not the whole. Where another
+    process downloads the same file this one waits for it to end, and says so in the log.
     Raises DownloadError: unreachable, larger than `max_bytes`, or of another digest, and also where a file of
     another digest stands at `destination` already (it is never overwritten).
     """
@@ -55,20 +56,27 @@ def download(url: str, destination: Path, *, sha256: str, max_bytes: int) -> Pat
         raise ValueError(f"sha256 {sha256!r} must be {_MIN_DIGITS} to 64 hex digits")
     if not url.lower().startswith(("http://", "https://")):
         raise DownloadError(f"{url}: only http and https addresses are downloaded")
-    if destination.exists():
-        _verify(destination, digits, "remove it and run the same command again")
-        return destination
+    if not destination.exists():
+        with resource_errors(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+        lock, what = destination.with_name(f".{destination.name}.lock"), str(destination)
+        waits = "%s: another process is downloading it; waiting for that to end"
+        with locked(lock, what=what, on_wait=lambda: _LOG.warning(waits, what)):
+            if not destination.exists():  # else the process that was waited for has brought it
+                return _bring(url, destination, digits, max_bytes=max_bytes)
+    _verify(destination, digits, "remove it and run the same command again")
+    return destination
+
+
+def _bring(url: str, destination: Path, digits: str, *, max_bytes: int) -> Path:
     part = destination.with_name(destination.name + ".part")
-    with resource_errors(destination):
-        destination.parent.mkdir(parents=True, exist_ok=True)
-    with locked(destination.with_name(f".{destination.name}.lock"), what=str(destination)):
-        _fill(part, url, destination, max_bytes=max_bytes)
-        try:
-            _verify(part, digits, f"nothing was kept of {url}; run the same command again")
-        except DownloadError:
-            part.unlink()
-            raise
-        os.replace(part, destination)
+    _fill(part, url, destination, max_bytes=max_bytes)
+    try:
+        _verify(part, digits, f"nothing was kept of {url}; run the same command again")
+    except DownloadError:
+        part.unlink()
+        raise
+    os.replace(part, destination)
     return destination
 
 

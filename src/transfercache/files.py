@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -110,19 +110,22 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def locked(path: Path, *, what: str) -> Iterator[None]:
+def locked(path: Path, *, what: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Hold the operating system's lock on `path` for the block; a dead holder keeps none.
 
-    Raises LockedError at once where another process holds it.
+    Raises LockedError at once where another process holds it; with `on_wait` calls that, and waits for it to end.
     """
-    lock = filelock.FileLock(path, timeout=0)
+    lock = filelock.FileLock(path)
     with resource_errors(path):
         try:
-            lock.acquire()
+            lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise LockedError(
-                f"{what}: another process is writing to it; wait for it to end, then run this again"
-            ) from error
+            if on_wait is None:
+                raise LockedError(
+                    f"{what}: another process is writing to it; wait for it to end, then run this again"
+                ) from error
+            on_wait()
+            lock.acquire()
     try:
         yield
     finally:
