@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,24 @@ def test_cached__extraction_is_in_the_first_run_alone(setting: Setting, name: st
     assert result.seconds.again == pytest.approx(stages["load"] + stages["fit"] + stages["predict"], rel=0.2)
     assert result.backbone_passes == 14
     assert result.extraction == RECORD
+
+
+def test_cached__reading_the_record_is_no_part_of_the_seconds(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]  # on a clock that only the reading of the record moves
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    class SlowlyAccounted:
+        table = setting.embeddings().table
+
+        @property
+        def record(self) -> dict[str, Any]:
+            now[0] += 100.0
+            return RECORD
+
+    result = run_strategy(strategy("knn"), replace(setting, embeddings=SlowlyAccounted), seed=0)
+    assert (result.seconds.first, result.seconds.again) == (12.0, 0.0)
 
 
 def test_cached__probabilities_are_those_of_the_heads_room(setting: Setting) -> None:
