@@ -48,14 +48,14 @@ def share_rows(n_rows: int, n_multiplications: int, work: Callable[[list[slice]]
     block_rows = max(1, -(-n_rows // n_blocks))
     blocks = [slice(start, min(start + block_rows, n_rows)) for start in range(0, n_rows, block_rows)]
     shares = [blocks[i::n_threads] for i in range(n_threads)]
-    others = [_pool(os.getpid()).submit(work, share) for share in shares[1:]]
+    others = [_pool(os.getpid(), n_threads).submit(work, share) for share in shares[1:]]
     return [work(shares[0]), *(other.result() for other in others)]
 
 
 @cache
-def _pool(process: int) -> ThreadPoolExecutor:
+def _pool(process: int, n_threads: int) -> ThreadPoolExecutor:
     """Return threads that live as long as the process: those of each pass took twice as long, their memory being new.
 
     A fork has the number of another process, and threads of its own.
     """
-    return ThreadPoolExecutor(thread_name_prefix="rows")
+    return ThreadPoolExecutor(n_threads, thread_name_prefix="rows")  # which else has 32 at most
