@@ -70,6 +70,13 @@ def test_known__of_random_weights_and_other_networks__are_apart(monkeypatch: pyt
     assert described(find_backbone("mobilenet_v3_small", weights="random")) == described(other)
 
 
+def test_known__by_another_tlc__is_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_backbone("resnet18", weights="random")
+    monkeypatch.setattr("transfercache.backbones.known.__version__", "0.0.9")
+    assert isinstance(find_backbone("resnet18", weights="random"), Backbone)
+    assert isinstance(find_backbone("resnet18", weights="random"), KnownBackbone)
+
+
 def test_known__of_another_digest_than_expected__is_refused_as_loading_does(resnet18_file: Path) -> None:
     find_backbone("resnet18", weights=str(resnet18_file))
     with pytest.raises(WeightsError, match="not the expected 0000"):

@@ -22,6 +22,7 @@ from transfercache.errors import ResourceError, WeightsError
 from transfercache.files import sha256_file, write_atomic
 from transfercache.spec import POOLED, ExtractSpec, Preprocessing
 from transfercache.strict_json import parse, take
+from transfercache.version import __version__
 
 if TYPE_CHECKING:
     from transfercache.backbones.registry import Backbone
@@ -99,7 +100,8 @@ def _record_path(name: str, weights: str) -> Path:
     identity = {
         "backbone": name,
         "weights": weights,  # DEFAULT, random, or the SHA-256 of a file
-        "versions": {maker: versions[maker] for maker in _MAKERS if maker in versions},
+        # tlc too: preprocessing and digests are by its own code.
+        "versions": {"tlc": __version__, **{maker: versions[maker] for maker in _MAKERS if maker in versions}},
         "places": {place: os.environ[place] for place in _PLACES if place in os.environ},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
