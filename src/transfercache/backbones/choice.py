@@ -75,7 +75,8 @@ class Choice:
         if self.device != "cpu":
             return ""
         if self.compute == "bf16" and self.engine == EAGER:
-            return f"; --engine openvino ({_INSTALL}) would be several times faster in bf16"
+            install = "" if is_openvino_installed() else f" ({_INSTALL})"
+            return f"; --engine openvino{install} would be several times faster in bf16"
         advice = bf16_advice()
         return f"; {advice}" if advice and self.compute == "fp32" else ""
 
