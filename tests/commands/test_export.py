@@ -284,7 +284,12 @@ def test_weights__that_have_moved(pets: Path, tmp_path: Path) -> None:
     )
     train_head(cache, C=1.0, out=tmp_path / "head.safetensors")
     shutil.move(tmp_path / "w.pth", tmp_path / "moved.pth")
-    result = export(tmp_path / "head.safetensors", weights=str(tmp_path / "moved.pth"))
+    moved = str(tmp_path / "moved.pth")
+    result = export(tmp_path / "head.safetensors", weights=moved)
+    kept = ("--format", "torchvision", "--out", str(result.out), "--weights", moved)
+    assert result.next_command == ("tlc", "export", str(result.model), *kept, "--check", "images/")
+    checked = export(tmp_path / "head.safetensors", weights=moved, check=pets)
+    assert checked.next_command == ("tlc", "predict", str(result.model), str(pets), "--weights", moved)
     network = torchvision.models.mobilenet_v3_small(num_classes=2)
     network.load_state_dict(torch.load(result.out, weights_only=True), strict=True)
     photo = pets / "cat" / "0.png"

@@ -17,7 +17,7 @@ from transfercache import config
 from transfercache.arrays import Float32Array
 from transfercache.backbones.canaries import canary_pixels
 from transfercache.backbones.choice import Choice, Engine
-from transfercache.commands.inputs import BadImage, log_skipped
+from transfercache.commands.inputs import BadImage, changed_words, log_skipped
 from transfercache.commands.predict import embed_images
 from transfercache.errors import ModelError, UsageError
 from transfercache.extract.loop import Embedder
@@ -63,13 +63,16 @@ class Exported:
     notes: tuple[str, ...]
     bad: tuple[BadImage, ...]  # of --check
     data: str | None
+    weights: str | None
 
     @property
     def next_command(self) -> tuple[str, ...]:
         """The words of the command a person would run next."""
+        moved = changed_words(weights=(self.weights, None))
         if self.data is not None:
-            return ("tlc", "predict", str(self.model), self.data)
-        return ("tlc", "export", str(self.model), "--format", self.format, "--out", str(self.out), "--check", "images/")
+            return ("tlc", "predict", str(self.model), self.data, *moved)
+        kept = ("--format", self.format, "--out", str(self.out), *moved)
+        return ("tlc", "export", str(self.model), *kept, "--check", "images/")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc export`."""
@@ -147,6 +150,7 @@ def export(
         notes=_notes(loaded, has_sidecar=not chosen.holds_metadata, target=target),
         bad=tuple(bad),
         data=None if check is None else str(check),
+        weights=weights,
     )
 
 
