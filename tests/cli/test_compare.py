@@ -21,7 +21,9 @@ def test_compare__table_on_stdout_and_finished_rows_on_stderr(tlc: Run, made: Pa
     assert ended.out.startswith("pets: 10 images to train on, 2 reported (val) with resnet18\n")
     lines = ended.err.splitlines()
     assert [line.split(":")[0] for line in lines if "accuracy" in line] == ["knn", "pixels-knn"]
-    assert [line for line in lines if line.startswith("next: ")] == [f"next: tlc compare {made / 'pets'}"]
+    assert [line for line in lines if line.startswith("next: ")] == [
+        f"next: tlc compare {made / 'pets'} --weights random"
+    ]
 
 
 def test_compare__json_is_all_that_is_on_stdout(tlc: Run, made: Path, tmp_path: Path) -> None:

@@ -211,7 +211,8 @@ def test_compare__without_a_network_no_weights_are_needed(photos: Path) -> None:
     result = run(photos, strategies="pixels-knn", weights="/nowhere/weights.pth", cache_dir=photos / "new")
     assert result.summary.backbones == ()
     assert [path.name for path in (photos / "new").iterdir()] == ["results"]
-    assert result.next_command == ("tlc", "compare", str(photos / "photos"))
+    given = ("--weights", "/nowhere/weights.pth", "--cache-dir", str(photos / "new"))
+    assert result.next_command == ("tlc", "compare", str(photos / "photos"), *given)
 
 
 def test_next_command__trains_what_was_most_accurate(photos: Path) -> None:
@@ -245,7 +246,19 @@ def test_next_command__same_rows_as_were_compared(photos: Path, is_split_given: 
         "tlc",
         "compare",
         str(data),
+        *("--weights", "random", "--cache-dir", str(photos / "cache")),
         *(() if is_split_given else ("--split-seed", "3")),
+    )
+
+
+def test_next_command__without_a_model_names_the_same_networks(photos: Path) -> None:
+    names = ["mobilenet_v3_small", "resnet18"]
+    given: dict[str, Any] = {"views": 2, "storage_dtype": "float32", "decode": "draft"}
+    result = run(photos, strategies="knn", backbone=names, epochs=1, **given)
+    assert result.next_command == (
+        *("tlc", "compare", str(photos / "photos"), "--backbone", names[0], "--backbone", names[1]),
+        *("--weights", "random", "--views", "2", "--decode", "draft"),
+        *("--cache-dir", str(photos / "cache"), "--storage-dtype", "float32", "--epochs", "1"),
     )
 
 

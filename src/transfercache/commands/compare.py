@@ -74,6 +74,7 @@ class Comparison:
     split_words: tuple[str, ...]
     epoch_words: tuple[str, ...]
     cache_words: tuple[str, ...]
+    network_words: tuple[str, ...]  # of what embeds, where they are not the defaults
     demo: Mapping[str, str | None] | None = None  # of `tlc demo`: data, backbone, and why they are not the tutorial's
 
     @property
@@ -83,7 +84,8 @@ class Comparison:
             return ("tlc", "compare", "my_photos/", "--backbone", str(self.demo["backbone"]))
         models = [e for e in self.summary.entries if e.first.strategy in (*_HEADS, _PROBED_FIRST, *_ON_IMAGES)]
         if not models:
-            return ("tlc", "compare", self.data, *self.label_words, *self.split_words, *self.epoch_words)
+            rows = (*self.cache_words, *self.label_words, *self.split_words, *self.epoch_words)
+            return ("tlc", "compare", self.data, *self.network_words, *rows)
         best = max(models, key=lambda entry: entry.accuracy).first
         backbone = str(best.backbone)
         if best.strategy not in _ON_IMAGES:
@@ -201,6 +203,13 @@ def compare(
     jobs = plan_jobs(chosen, settings, seeds=range(seed, seed + seeds), folder=root / RESULTS_FOLDER, reuse=not fresh)
     done: list[Entry | LeftOut] = []
     draw = {"val_fraction": (val_fraction, config.VAL_FRACTION), "split_seed": (split_seed, config.SPLIT_SEED)}
+    backbone_words = [] if names == (config.BACKBONE,) else [word for name in names for word in ("--backbone", name)]
+    network_words = changed_words(
+        weights=(weights, config.WEIGHTS),
+        views=(views, None),
+        compute=(compute, config.COMPUTE),
+        decode=(decode, config.DECODE),
+    )
 
     def comparison() -> Comparison:
         return Comparison(
@@ -213,6 +222,7 @@ def compare(
             split_words=() if manifest.has_given_split else changed_words(**draw),
             epoch_words=changed_words(epochs=(epochs, config.EPOCHS)),
             cache_words=changed_words(cache_dir=(cache_dir, None), storage_dtype=(storage_dtype, config.STORAGE_DTYPE)),
+            network_words=(*backbone_words, *network_words),
         )
 
     deadline = math.inf if max_minutes is None else start + 60 * max_minutes
