@@ -214,6 +214,12 @@ def test_next_command__names_the_same_inputs(head: Path, unlabelled: Extraction,
     assert result.next_command == (*start, "--out", str(tmp_path / "all.jsonl"))
     many = predict(head, sorted(flat.iterdir())[:4])
     assert many.next_command == ("tlc", "predict", str(head), str(flat), "--out", "predictions.csv")
+    shutil.copytree(flat, tmp_path / "more" / "below")
+    files = [path for folder in (flat, tmp_path / "more" / "below") for path in sorted(folder.iterdir())[:2]]
+    both = predict(head, [*files, tmp_path / "more"], top=1, cache_dir=tmp_path / "c2").next_command
+    folders = (str(flat), str(tmp_path / "more" / "below"), str(tmp_path / "more"))
+    options = ("--top", "1", "--cache-dir", str(tmp_path / "c2"))
+    assert both == ("tlc", "predict", str(head), *folders, *options, "--out", "predictions.csv")
 
 
 def test_predict__of_a_cache_with_a_model_of_other_weights(head: Path, extraction: Extraction) -> None:

@@ -22,7 +22,7 @@ from transfercache.cache.provenance import makers_of
 from transfercache.cache.reader import is_cache, open_cache
 from transfercache.cache.slots import RowKey, row_keys
 from transfercache.cache.store import find
-from transfercache.commands.inputs import cache_root, known_files, log_bad, log_skipped
+from transfercache.commands.inputs import cache_root, changed_words, known_files, log_bad, log_skipped
 from transfercache.commands.predictions import OTHER_KIND, Prediction, Predictions, collect
 from transfercache.environment import installed_versions
 from transfercache.errors import CacheError, ResourceError, UsageError
@@ -159,15 +159,16 @@ class LoadedModel:
             images = (self._prediction(path, outcome, top) for path, outcome in rows)
             target = None if out is None else Path(out)
             kept, n_images, bad = collect(images, out=target, n_top=min(top, len(self.class_names)))
-        return Predictions(kept, n_images, bad, target, self._next_command(words, target, tta=tta))
+        options = changed_words(weights=(self.weights, None), top=(top, config.TOP), cache_dir=(cache_dir, None))
+        options += ("--tta",) if tta else ()
+        return Predictions(kept, n_images, bad, target, self._next_command(words, target, options))
 
-    def _next_command(self, words: Sequence[str], out: Path | None, *, tta: bool) -> tuple[str, ...]:
+    def _next_command(self, words: Sequence[str], out: Path | None, options: tuple[str, ...]) -> tuple[str, ...]:
         """Return the words that write the same predictions to a file, or to one of the other kind."""
-        named = words if len(words) <= _INPUTS_NAMED else [str(Path(words[0]).parent)]  # the folder behind a *.jpg
-        moved = () if self.weights is None else ("--weights", self.weights)
-        views = ("--tta",) if tta else ()
+        if len(words) > _INPUTS_NAMED:  # the folders behind a */*.jpg
+            words = list(dict.fromkeys(word if Path(word).is_dir() else str(Path(word).parent) for word in words))
         other = Path("predictions.csv") if out is None else out.with_suffix(OTHER_KIND[out.suffix])
-        return ("tlc", "predict", str(self.path), *named, *moved, *views, "--out", str(other))
+        return ("tlc", "predict", str(self.path), *words, *options, "--out", str(other))
 
     def _prediction(self, path: str, outcome: Features | str, top: int) -> Prediction:
         if isinstance(outcome, str):
