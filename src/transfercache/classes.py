@@ -28,10 +28,12 @@ def check_classes(
     trainable = [name for name, n in zip(class_names, n_train, strict=True) if n]
     if len(trainable) < 2:
         has = f"only {trainable[0]!r} has any" if trainable else "none has any"
-        raise DataError(
-            f"{where}: fewer than two classes with training images ({has}); "
-            "add images of another class, or label some with --labels"
-        )
+        advice = "add images of another class, or label some with --labels"
+        elsewhere = sorted(set(split[labels >= 0].tolist()) - {Split.TRAIN})
+        if elsewhere and not trainable:
+            names = [Split(code).name.lower() if code else "no split" for code in elsewhere]
+            has, advice = f"all labelled ones are in {' and '.join(names)}", "give some the split train"
+        raise DataError(f"{where}: fewer than two classes with training images ({has}); {advice}")
     warnings: list[str] = []
     for lines in (
         _one_sided_classes(labels, split, class_names, n_train),

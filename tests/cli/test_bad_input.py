@@ -93,7 +93,26 @@ def test_csv_without_labels__is_extracted_and_cannot_be_trained_on(tlc: Run, mad
         "add images of another class, or label some with --labels"
     )
     assert _refused(tlc, "train-head", cache, code=3) == f"tlc: {cache}: {message}"
-    assert _refused(tlc, "finetune", "rows.csv", "--weights=random", code=3) == f"tlc: {tmp_path}: {message}"
+    assert _refused(tlc, "finetune", "rows.csv", "--weights=random", code=3) == f"tlc: rows.csv: {message}"
+
+
+def test_csv_without_training_rows__is_named_with_the_splits_that_its_labels_are_in(
+    tlc: Run, made: Path, tmp_path: Path
+) -> None:
+    rows = [f"{path},{path.parent.name},test\n" for path in sorted((made / "pets").rglob("*.png"))]
+    (tmp_path / "rows.csv").write_text("path,label,split\n" + "".join(rows))
+    message = "fewer than two classes with training images (all labelled ones are in {}); give some the split train"
+    for command in (("compare", "--strategies=pixels-knn"), ("finetune", "--weights=random")):
+        assert _refused(tlc, *command, "rows.csv", code=3) == f"tlc: rows.csv: {message.format('test')}"
+    (tmp_path / "rows.csv").write_text("path,label,split\n" + rows[0].replace(",test", ",val") + "".join(rows[1:]))
+    line = _refused(tlc, "finetune", "./rows.csv", "--weights=random", code=3)
+    assert line == f"tlc: ./rows.csv: {message.format('val and test')}"
+    (tmp_path / "rows.csv").write_text("path,label,split\n" + "".join(rows).replace(",test", ",train"))
+    line = _refused(tlc, "compare", "rows.csv", "--strategies=pixels-knn", code=3)
+    assert line == (
+        "tlc: rows.csv: no labelled image is held out, so nothing can be compared; "
+        "give some the split val or test, or a larger --val-fraction"
+    )
 
 
 def test_one_class(tlc: Run, made: Path, tmp_path: Path) -> None:
@@ -184,7 +203,7 @@ def test_no_readable_image(tlc: Run, tmp_path: Path) -> None:
     ended = tlc("extract-features", "pets", "--weights=random")
     assert (ended.code, ended.out) == (3, "")
     assert _after_the_engine(ended.err) == [
-        f"tlc: cat/0.jpg: not an image (it starts like text); and no other image of {tmp_path}/pets is readable"
+        "tlc: cat/0.jpg: not an image (it starts like text); and no other image of pets is readable"
     ]
 
 

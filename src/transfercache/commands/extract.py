@@ -336,7 +336,7 @@ class Extractor:
         if len(outcome.bad) == manifest.n_rows:
             first = min(outcome.bad)
             raise DataError(
-                f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.root} is readable"
+                f"{manifest.paths[first]}: {outcome.bad[first]}; and no other image of {manifest.shown} is readable"
             )
         good_labels = manifest.labels.copy()
         good_labels[list(outcome.bad)] = -1

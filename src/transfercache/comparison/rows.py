@@ -99,8 +99,8 @@ def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
     roles = divide_roles(manifest.split, np.where(is_good, manifest.labels, -1))
     if roles.reported is None:
         raise DataError(
-            f"{manifest.root}: no labelled image is held out, so nothing can be compared; "
-            "give DATA a val/ or test/ folder, or a larger --val-fraction"
+            f"{manifest.shown}: no labelled image is held out, so nothing can be compared; "
+            "give some the split val or test, or a larger --val-fraction"
         )
     row = np.flatnonzero(roles.is_train | roles.is_reported)
     # As `classes.check_classes` counts them, so that the warning and the figure agree.

@@ -50,7 +50,7 @@ def plan_extraction(manifest: Manifest, slots: Slots, *, unfinished: Collection[
     n_readable = int(manifest.is_readable().sum())
     if n_readable * n_views > MAX_ROWS_PER_SLOT * len(wanted):
         raise DataError(
-            f"{manifest.root}: {n_readable} images are copies of {len(wanted) // n_views} different ones, more than "
+            f"{manifest.shown}: {n_readable} images are copies of {len(wanted) // n_views} different ones, more than "
             f"{MAX_ROWS_PER_SLOT} of each; remove some copies"
         )
     open_slots = np.flatnonzero(~slots.valid & np.isin(slots.shard, list(unfinished)))

@@ -32,13 +32,13 @@ def divide_rows(manifest: Manifest, *, select: float | None, seed: int) -> Divid
     roles = divide_roles(manifest.split, np.where(manifest.is_readable(), manifest.labels, -1))
     train, reported_rows = np.flatnonzero(roles.is_train), np.flatnonzero(roles.is_reported)
     if not len(train):
-        raise DataError(f"{manifest.root}: no labelled training image; give train/ a folder per class, or --labels")
+        raise DataError(f"{manifest.shown}: no labelled training image; give train/ a folder per class, or --labels")
     if select is None:
         return DividedRows(train, train[:0], reported_rows)
     is_held_out = _draw_held_out(manifest, train, share=select, seed=seed)
     if not is_held_out.any():
         raise DataError(
-            f"{manifest.root}: every class is a single image or group, so none can be held out; use neither --select "
+            f"{manifest.shown}: every class is a single image or group, so none can be held out; use neither --select "
             "nor --try"
         )
     return DividedRows(train[~is_held_out], train[is_held_out], reported_rows)

@@ -176,7 +176,7 @@ def _select(run: Run) -> tuple[float, float]:
 def _none_can_be_read(run: Run, rows: Int64Array, kind: str) -> DataError:
     first = int(rows[0])
     return DataError(
-        f"{run.manifest.root}: none of the {len(rows)} {kind} images can be read; "
+        f"{run.manifest.shown}: none of the {len(rows)} {kind} images can be read; "
         f"the first is {run.manifest.paths[first]}: {run.reader.bad[first]}"
     )
 

@@ -54,6 +54,7 @@ class Manifest:
     unreadable: Mapping[int, str]  # row -> reason
     has_given_split: bool
     skipped: Mapping[str, tuple[str, int]]  # why files were not taken -> the first of them, and how many
+    given: str = ""  # DATA in its user's words: that of a .csv is not its root
 
     def __post_init__(self) -> None:
         n_rows = len(self.paths)
@@ -73,6 +74,11 @@ class Manifest:
     def n_rows(self) -> int:
         """The number of files."""
         return len(self.paths)
+
+    @property
+    def shown(self) -> str:
+        """What messages call this data."""
+        return self.given or str(self.root)
 
     def path_of(self, row: int) -> Path:
         """Return where the file of `row` lies."""
@@ -201,7 +207,7 @@ def take_part(manifest: Manifest, part: str, *, batch_size: int) -> Manifest:
     n_batches = -(-manifest.n_rows // batch_size)
     if n_parts > n_batches:
         raise DataError(
-            f"{manifest.root}: {manifest.n_rows} images are {n_batches} batches of {batch_size}, "
+            f"{manifest.shown}: {manifest.n_rows} images are {n_batches} batches of {batch_size}, "
             f"too few for {n_parts} parts; ask for {n_batches} at most, or a smaller --batch-size"
         )
     start, stop = (k * n_batches // n_parts * batch_size for k in (number - 1, number))
@@ -216,5 +222,5 @@ def check_trainable(manifest: Manifest) -> list[str]:
         split=manifest.split,
         component=manifest.component(),
         class_names=manifest.class_names,
-        where=str(manifest.root),
+        where=manifest.shown,
     )

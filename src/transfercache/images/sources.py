@@ -32,13 +32,13 @@ def read_source(data: str | Path) -> Manifest:
     text = os.fspath(data)
     path = os.path.abspath(os.path.expanduser(text))
     if os.path.isdir(path):
-        return _read_folder(path)
+        return replace(_read_folder(path), given=text)
     if os.path.isfile(path):
         if path.lower().endswith(".csv"):
-            return _read_csv(Path(path))
+            return replace(_read_csv(Path(path)), given=text)
         raise DataError(f"{text}: neither a folder nor a .csv; give the folder that it lies in, or a list of files")
     if text in NAMED:
-        return replace(_read_folder(os.fspath(materialise(text))), name=text)
+        return replace(_read_folder(os.fspath(materialise(text))), name=text, given=text)
     raise DataError(
         f"{text}: no such folder or .csv{did_you_mean(text, NAMED)}; give a folder of images, a .csv, "
         f"or one of {', '.join(sorted(NAMED))}"
