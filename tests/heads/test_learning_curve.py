@@ -89,7 +89,7 @@ def test_measure__answers_once_a_draw_with_seeds_that_all_sizes_share(make_table
     assert len({row.tobytes() for row in points[0].is_right}) == 3
 
 
-def test_measure__what_every_fit_warns_of_is_said_once(make_table, overlapping, caplog):
+def test_measure__what_every_fit_warns_of_is_said_once_of_the_draws(make_table, overlapping, caplog):
     table = make_table(*overlapping)
 
     def answer(part, seed):
@@ -99,7 +99,8 @@ def test_measure__what_every_fit_warns_of_is_said_once(make_table, overlapping, 
         measure(table, (1,), draw=draw_shots, repeats=4, seed=0, answer=answer)
         fit_head(table.subset(draw_shots(table, 1, rng())))
     (once, after) = [message for message in caplog.messages if "is not chosen by cross-validation" in message]
-    assert once == after
+    assert after == "C is not chosen by cross-validation: no class has two images (or groups) to hold out"
+    assert once == f"in draws of the training images, {after}"
 
 
 def test_point__json_has_the_spread():

@@ -67,7 +67,7 @@ def measure(
     seed, which is `seed`, `seed` + 1, and so on.
     """
     points = []
-    with _said_once(logger_of_choices):
+    with _said_once_of_draws(logger_of_choices):
         for size in tqdm(sizes, desc="sizes", file=sys.stderr, disable=None, leave=False):
             is_right, n_images = [], []
             for repeat in range(repeats):
@@ -79,8 +79,8 @@ def measure(
 
 
 @contextmanager
-def _said_once(logger: logging.Logger) -> Iterator[None]:
-    """Let each message of `logger` through once in the block, in which many heads may have the same to say."""
+def _said_once_of_draws(logger: logging.Logger) -> Iterator[None]:
+    """Let each message of `logger` through once in the block, as one of many heads: none of them is the MODEL's."""
     said: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -88,6 +88,7 @@ def _said_once(logger: logging.Logger) -> Iterator[None]:
         if message in said:
             return False
         said.add(message)
+        record.msg = f"in draws of the training images, {record.msg}"
         return True
 
     logger.addFilter(is_new)
