@@ -192,6 +192,7 @@ def test_shots__answer_as_heads_of_those_rows_do(
         ({"solver": "knn", "calibrate": True}, "--calibrate: knn fits no head; choose another --solver"),
         ({"solver": "knn", "suspects": "s.csv"}, "--suspects: knn fits no head"),
         ({"solver": "knn", "bundle": True}, "--bundle: knn fits no head"),
+        ({"solver": "knn", "out": "foo.safetensors"}, "--out: knn fits no head; choose another --solver"),
     ],
 )
 def test_asked__what_cannot_be_is_refused(extraction: Extraction, words: dict[str, Any], message: str) -> None:

@@ -80,7 +80,8 @@ def train_head(
     where the data gives one), WeightsError (`bundle`), ResourceError (`out` or `suspects` cannot be written).
     """
     check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
-    _check_asked(solver, {"--calibrate": calibrate, "--suspects": suspects is not None, "--bundle": bundle})
+    files = {"--suspects": suspects is not None, "--out": out is not None}
+    _check_asked(solver, {"--calibrate": calibrate, "--bundle": bundle, **files})
     parts = parse_parts(shots, learning_curve=learning_curve, seeds=seeds, repeats=repeats)
     watch = Stopwatch()
     with watch.stage("load"):
