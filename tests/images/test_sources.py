@@ -179,9 +179,11 @@ def test_read_source__unreadable_entries_of_a_csv_and_of_the_command_line(
     names = ["1.jpg", *reasons]
     (photos / "rows.csv").write_text("\n".join(["path", *names]))
     monkeypatch.chdir(photos)
-    for manifest in (read_source("rows.csv"), read_paths(names)):
+    expected = dict(enumerate(reasons.values(), start=1))
+    in_csv = {row: f"{reason} (rows.csv, line {row + 2})" for row, reason in expected.items()}
+    for manifest, unreadable in ((read_source("rows.csv"), in_csv), (read_paths(names), expected)):
         assert manifest.paths == tuple(names)
-        assert manifest.unreadable == dict(enumerate(reasons.values(), start=1))
+        assert manifest.unreadable == unreadable
 
 
 def test_read_source__folder_called_jpg_is_a_folder(photos: Path, write_image: Write) -> None:
@@ -323,6 +325,7 @@ def test_read_source__csv_paths_may_lead_outside(csv_path: Path, tmp_path: Path,
             r"line 2 labels '1\.jpg' 'a' and line 4 'b'; an image has one label",
         ),
         ("path,label\n", r"no row below the header"),
+        ("path,label\n1.jpg,a\n,b\n", r"line 3: its path is empty; name a file there, or remove the line"),
         ("path\n1.jpg\n4\0.jpg\n", r"line 3: '4\\x00\.jpg' holds a zero byte, as no path does; correct it"),
     ],
 )
@@ -336,7 +339,10 @@ def test_read_source__csv_that_is_wrong(csv_path: Path, text: str, message: str)
 def test_read_source__csv_row_that_is_a_folder_or_a_dangling_link_is_unreadable(csv_path: Path) -> None:
     (csv_path.parent / "dangling.jpg").symlink_to("gone")
     csv_path.write_text("path\nsub\ndangling.jpg\n")
-    reasons = {0: "not a regular file", 1: "cannot be read (No such file or directory)"}
+    reasons = {
+        0: "not a regular file (Rows.csv, line 2)",
+        1: "cannot be read (No such file or directory) (Rows.csv, line 3)",
+    }
     assert read_source(csv_path).unreadable == reasons
 
 

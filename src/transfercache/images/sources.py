@@ -139,19 +139,23 @@ def _read_csv(csv_path: Path) -> Manifest:
     _check_unique(csv_path, lines, paths, labels)
     scan = Scan(f"{csv_path.stem}-csv", root)  # apart from a folder of that name, which may lie around it
     for line, path, label, split in zip(lines, paths, labels, splits, strict=True):
+        if not path:
+            raise DataError(f"{csv_path}: line {line}: its path is empty; name a file there, or remove the line")
         if "\0" in path:  # a torn line: no file has such a name, and no cache may list it
             raise DataError(f"{csv_path}: line {line}: {path!r} holds a zero byte, as no path does; correct it")
         code = _split_code(csv_path, line, split, is_labelled=has_split and bool(label))
         scan.add(path, partial(os.stat, os.path.join(root, path)), label=label, split=code)
     if not paths:
         raise DataError(f"{csv_path}: no row below the header; add one line per image")
-    missing = [row for row in scan.unreadable if not os.path.lexists(os.path.join(root, paths[row]))]
+    missing = {row for row in scan.unreadable if not os.path.lexists(os.path.join(root, paths[row]))}
     if len(missing) == len(paths):
         raise DataError(
             f"{csv_path}: line {lines[0]}: {paths[0]!r} does not exist, nor does any other file that it lists; "
             f"paths are relative to {root}; correct them"
         )
-    scan.unreadable |= {row: f"does not exist ({csv_path.name}, line {lines[row]})" for row in missing}
+    for row, reason in scan.unreadable.items():
+        why = "does not exist" if row in missing else reason
+        scan.unreadable[row] = f"{why} ({csv_path.name}, line {lines[row]})"
     return scan.to_manifest(group=columns.get("group"), has_given_split=has_split)
 
 
