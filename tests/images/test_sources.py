@@ -254,7 +254,8 @@ def test_read_source__missing(data: str, message: str) -> None:
 
 
 def test_read_source__a_single_file(photos: Path, write_image: Write) -> None:
-    with pytest.raises(DataError, match=r"1\.jpg: neither a folder nor a \.csv"):
+    message = r"1\.jpg: neither a folder nor a \.csv; give the folder that it lies in, or a \.csv that lists files$"
+    with pytest.raises(DataError, match=message):
         read_source(write_image(photos / "1.jpg"))
 
 

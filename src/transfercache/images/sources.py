@@ -36,7 +36,9 @@ def read_source(data: str | Path) -> Manifest:
     if os.path.isfile(path):
         if path.lower().endswith(".csv"):
             return replace(_read_csv(Path(path)), given=text)
-        raise DataError(f"{text}: neither a folder nor a .csv; give the folder that it lies in, or a list of files")
+        raise DataError(
+            f"{text}: neither a folder nor a .csv; give the folder that it lies in, or a .csv that lists files"
+        )
     if text in NAMED:
         return replace(_read_folder(os.fspath(materialise(text))), name=text, given=text)
     raise DataError(
