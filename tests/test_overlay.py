@@ -33,6 +33,19 @@ def test_overlay__defines_the_classes_where_there_are_none(csv_path: Path) -> No
     np.testing.assert_array_equal(labels, [1, -1, 0, -1])
 
 
+def test_overlay__blanks_around_a_class_matter_only_where_they_tell_two_apart(csv_path: Path) -> None:
+    csv_path.write_text("path,label\nants/1.jpg, bees\nbees/1.jpg,ants\nbees/3.jpg,ants \nbees/3.jpg, ants\n")
+    labels, names = overlay(PATHS, LABELS, ("ants ", "bees"), csv_path)
+    np.testing.assert_array_equal(labels, [1, 0, 0, 0])
+    assert names == ("ants ", "bees")
+    csv_path.write_text("path,label\nbees/1.jpg,ants\nbees/3.jpg,ants \n")
+    labels, _ = overlay(PATHS, LABELS, ("bees", "ants", "ants "), csv_path)
+    np.testing.assert_array_equal(labels, [0, 0, 1, 2])
+    csv_path.write_text("path,label\nbees/1.jpg,ants\n")
+    with pytest.raises(DataError, match="has the label 'ants', which is no class of the data"):
+        overlay(PATHS, LABELS, (" ants", "ants "), csv_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

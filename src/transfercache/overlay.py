@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -17,13 +18,17 @@ _MAX_CANDIDATES = 2000
 
 
 def read_columns(
-    csv_path: Path, *, required: Sequence[str], optional: Sequence[str] = ()
+    csv_path: Path,
+    *,
+    required: Sequence[str],
+    optional: Sequence[str] = (),
+    verbatim: Sequence[str] = ("path",),
 ) -> tuple[list[int], dict[str, list[str]]]:
     """Return the line number of each row (from 1, the header included) and its columns as text, in file order.
 
-    Of `optional`, those that the header has. Values are verbatim, but for `label`, `split` and `group`, which lose
-    the blanks around them. UTF-8, with or without a byte order mark; bytes that are not UTF-8 are kept with
-    surrogateescape, as in file names. Blank lines are passed over. Raises DataError naming file and line or column.
+    Of `optional`, those that the header has. Values lose the blanks around them, but for those of `verbatim`. UTF-8,
+    with or without a byte order mark; bytes that are not UTF-8 are kept with surrogateescape, as in file names. Blank
+    lines are passed over. Raises DataError naming file and line or column.
     """
     try:
         with open(csv_path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -42,7 +47,7 @@ def read_columns(
                     )
                 lines.append(reader.line_num)
                 for name, place in places.items():
-                    columns[name].append(values[place] if name == "path" else values[place].strip())
+                    columns[name].append(values[place] if name in verbatim else values[place].strip())
             return lines, columns
     except csv.Error as error:
         raise DataError(f"{csv_path}: line {reader.line_num} is not CSV ({error})") from error
@@ -64,18 +69,22 @@ def overlay(
     """Return labels int64 [N] and class names, with those of the file `csv_path` (`path,label`) laid over.
 
     A path is written as in `paths`; rows that the file does not name keep their label, and an empty label takes it
-    away. Where there are no classes yet, the file's labels are the classes, sorted. Raises DataError naming the line
-    of an unknown path, an unknown class, or a path that is given two labels.
+    away. Blanks around a label matter only where they tell two classes apart, as the names of folders may have them.
+    Where there are no classes yet, the file's labels are the classes, sorted. Raises DataError naming the line of an
+    unknown path, an unknown class, or a path that is given two labels.
     """
-    lines, columns = read_columns(csv_path, required=("path", "label"))
+    lines, columns = read_columns(csv_path, required=("path", "label"), verbatim=("path", "label"))
     given = columns["label"]
-    names = tuple(class_names) or tuple(sorted(set(given) - {""}))
-    codes = {"": -1, **{name: code for code, name in enumerate(names)}}
+    names = tuple(class_names) or tuple(sorted({label.strip() for label in given} - {""}))
+    n_bare = Counter(name.strip() for name in names)
+    codes = {name.strip(): code for code, name in enumerate(names) if n_bare[name.strip()] == 1}
+    codes |= {name: code for code, name in enumerate(names)} | {"": -1}
+    given = [label if label in codes else label.strip() for label in given]
     rows_of: dict[str, list[int]] = {}
     for row, path in enumerate(paths):
         rows_of.setdefault(path, []).append(row)
     fixed = labels.copy()
-    first: dict[str, str] = {}
+    first: dict[str, int] = {}
     for line, path, label in zip(lines, columns["path"], given, strict=True):
         if path not in rows_of:
             raise DataError(
@@ -87,7 +96,7 @@ def overlay(
                 f"{csv_path}: line {line} has the label {label!r}, which is no class of the data"
                 f"{did_you_mean(label, names)}; its classes: {', '.join(names)}"
             )
-        if first.setdefault(path, label) != label:
+        if first.setdefault(path, codes[label]) != codes[label]:
             raise DataError(f"{csv_path}: line {line} labels {path!r} a second time, differently; keep one of the two")
         fixed[rows_of[path]] = codes[label]
     return fixed, names

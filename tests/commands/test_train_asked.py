@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -113,6 +114,18 @@ def test_suspects__names_the_turned_labels_and_mended_it_is_a_label_file(
     train_head(unlabelled, labels="mended.csv", suspects="again.csv")
     again = {line["path"] for line in read_csv(Path("again.csv")) if line["is_issue"] == "1"}
     assert again.isdisjoint(line["path"] for line in lines if line["is_issue"] == "1")
+
+
+def test_suspects__of_a_class_folder_that_ends_in_a_blank__fit_labels(pets: Path, tmp_path: Path) -> None:
+    shutil.copytree(pets / "cat", tmp_path / "data" / "cat ")
+    shutil.copytree(pets / "dog", tmp_path / "data" / "dog")
+    made = extract_features(tmp_path / "data", backbone="mobilenet_v3_small", weights="random", cache_dir=tmp_path)
+    first = train_head(made, C=1.0, suspects="s.csv", out="head").linear_head
+    again = train_head(made, C=1.0, labels="s.csv", out="head").linear_head
+    assert first is not None
+    assert again is not None
+    assert again.class_names == ("cat ", "dog")
+    np.testing.assert_array_equal(again.weight, first.weight)
 
 
 def test_suspects__that_cannot_be_written__show_before_the_fit(extraction: Extraction, tmp_path: Path) -> None:
