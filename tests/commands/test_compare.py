@@ -312,9 +312,13 @@ def test_as_demo__document_title_and_next_command(photos: Path) -> None:
     [
         ({"strategies": "knn,fintune"}, UsageError, "unknown strategy 'fintune' .did you mean finetune"),
         ({"backbone": "resnet19"}, UsageError, "unknown backbone 'resnet19' .did you mean"),
-        ({"seeds": 0}, UsageError, "seeds must be at least 1, not 0"),
-        ({"epochs": 0}, UsageError, "epochs must be at least 1, not 0"),
-        ({"backbone": []}, UsageError, "backbones must be at least 1"),
+        ({"seeds": 0}, UsageError, "--seeds 0: must be at least 1"),
+        ({"epochs": 0}, UsageError, "--epochs 0: must be at least 1"),
+        ({"max_minutes": -1}, UsageError, "--max-minutes -1: must be a number that is not negative"),
+        ({"max_minutes": float("nan")}, UsageError, "--max-minutes nan: must be a number"),
+        ({"workers": 0}, UsageError, "--workers 0: must be at least 1"),
+        ({"on_bad": "foo"}, UsageError, "--on-bad 'foo' is none of fail, skip"),
+        ({"backbone": []}, UsageError, "--backbone: name at least one"),
     ],
 )
 def test_compare__words_that_are_off(

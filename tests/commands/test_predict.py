@@ -207,6 +207,23 @@ def test_predict__of_a_folder__takes_every_image_below_and_finds_its_cache(
     assert caplog.messages == ["left out: notes.txt (not an image by its extension .txt)"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"top": 0}, "--top 0: must be at least 1"),
+        ({"top": -1}, "--top -1: must be at least 1"),
+        ({"batch_size": -1}, "--batch-size -1: must be at least 1"),
+        ({"batch_size": 0}, "--batch-size 0: must be at least 1"),
+        ({"workers": 0}, "--workers 0: must be at least 1"),
+        ({"on_bad": "foo"}, "--on-bad 'foo' is none of fail, skip"),
+        ({"inputs": []}, r"inputs \[\]: nothing to predict; give images, folders, DATA or a CACHE"),
+    ],
+)
+def test_predict__options_that_are_off(head: Path, unlabelled: Extraction, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        predict(head, **{"inputs": unlabelled.cache, **words})
+
+
 def test_next_command__names_the_same_inputs(head: Path, unlabelled: Extraction, flat: Path, tmp_path: Path) -> None:
     start = ("tlc", "predict", str(head), str(unlabelled.cache))
     assert predict(head, unlabelled.cache).next_command == (*start, "--out", "predictions.csv")

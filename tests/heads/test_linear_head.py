@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from transfercache.errors import DataError
 from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
 
 
@@ -51,6 +52,15 @@ def test_linear_head__no_rows_give_no_rows(parts):
 def test_linear_head__embedding_of_another_length_is_refused(parts):
     with pytest.raises(ValueError, match=r"embeddings \(1, 3\) must be \[M, 2\]"):
         LinearHead(**parts).logits(np.zeros((1, 3), np.float32))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_linear_head__embedding_that_is_not_finite_is_of_no_class(parts, value):
+    x = np.array([[3, 1], [0, value]], np.float32)
+    with pytest.raises(
+        DataError, match=r"^embedding 1: has values that are not finite \(NaN or infinity\); leave it out"
+    ):
+        LinearHead(**parts).predict(x)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,8 @@ from transfercache.commands.inputs import (
     bad_images,
     cache_root,
     changed_words,
+    check_counts,
+    check_on_bad,
     finish_manifest,
     known_files,
     known_views,
@@ -161,7 +163,12 @@ def compare(
     options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode)
     chosen = pick_strategies(strategies)
     names = (backbone,) if isinstance(backbone, str) else tuple(dict.fromkeys(backbone))
-    _check_counts(seeds=seeds, epochs=epochs, backbones=len(names))
+    check_on_bad(on_bad)
+    check_counts(seeds=seeds, epochs=epochs)
+    if not names:
+        raise UsageError("--backbone: name at least one")
+    if max_minutes is not None and not max_minutes >= 0:  # NaN as well
+        raise UsageError(f"--max-minutes {max_minutes}: must be a number that is not negative")
     choice, root = choose_engine(engine, device=device, compute=compute), cache_root(cache_dir)
     load = functools.cache(functools.partial(load_backbone, weights=weights))
     sources = {strategy.source for strategy in chosen}
@@ -233,12 +240,6 @@ def compare(
         if on_result is not None and isinstance(item, Entry):
             on_result(comparison())
     return comparison()
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise UsageError(f"{name} must be at least 1, not {count}")
 
 
 def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish: Callable[..., Manifest]) -> Manifest:

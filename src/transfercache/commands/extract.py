@@ -30,6 +30,7 @@ from transfercache.commands.inputs import (
     bad_images,
     cache_root,
     changed_words,
+    check_on_bad,
     finish_manifest,
     known_files,
     log_bad,
@@ -205,6 +206,7 @@ def extract_features(
     engine or a precision that this machine lacks), LockedError (another writer).
     """
     options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode, max_bytes)
+    check_on_bad(on_bad)
     choice = choose_engine(engine, device=device, compute=compute)
     scanned_ns = time.time_ns()
     manifest = read_source(data)

@@ -23,6 +23,7 @@ from transfercache.commands.inputs import (
     EmbedOptions,
     cache_root,
     changed_words,
+    check_on_bad,
     finish_manifest,
     log_bad,
 )
@@ -129,6 +130,7 @@ def finetune(
     Raises DataError, UsageError, WeightsError, ResourceError.
     """
     options = _read_options(locals())
+    check_on_bad(on_bad)
     combinations = _combine(options, grid, cached=cached)
     if keep_checkpoints < 1:
         raise UsageError(f"--keep-checkpoints {keep_checkpoints}: must be at least 1")

@@ -56,6 +56,7 @@ class EmbedOptions:
             raise UsageError(f"--storage-dtype {self.storage_dtype!r} is none of {known}")
         if self.decode not in DECODERS:
             raise UsageError(f"--decode {self.decode!r} is none of {', '.join(DECODERS)}")
+        check_counts(batch_size=self.batch_size, workers=self.workers)
 
     def spec(self, backbone: FrozenBackbone) -> ExtractSpec:
         """Return the identity of the rows that this backbone makes; `auto` precision is fp32 on every device.
@@ -71,6 +72,19 @@ class EmbedOptions:
             compute="fp32" if self.compute == "auto" else self.compute,
             storage_dtype=dtype if self.storage_dtype == "auto" else self.storage_dtype,
         )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise UsageError for an option below 1; None leaves it open."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UsageError(f"--{name_flag(name)} {count}: must be at least 1")
+
+
+def check_on_bad(on_bad: str) -> None:
+    """Raise UsageError for another word than fail and skip."""
+    if on_bad not in get_args(config.OnBad):
+        raise UsageError(f"--on-bad {on_bad!r} is none of {', '.join(get_args(config.OnBad))}")
 
 
 def cache_root(cache_dir: Path | str | None) -> Path:

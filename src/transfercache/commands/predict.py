@@ -22,7 +22,15 @@ from transfercache.cache.provenance import makers_of
 from transfercache.cache.reader import is_cache, open_cache
 from transfercache.cache.slots import RowKey, row_keys
 from transfercache.cache.store import find
-from transfercache.commands.inputs import cache_root, changed_words, known_files, log_bad, log_skipped
+from transfercache.commands.inputs import (
+    cache_root,
+    changed_words,
+    check_counts,
+    check_on_bad,
+    known_files,
+    log_bad,
+    log_skipped,
+)
 from transfercache.commands.predictions import OTHER_KIND, Prediction, Predictions, collect
 from transfercache.environment import installed_versions
 from transfercache.errors import CacheError, ResourceError, UsageError
@@ -68,6 +76,7 @@ def predict(
 
     A bad image is listed with its reason; with `on_bad="fail"` it is also logged, as the command line ends with 3.
     """
+    check_on_bad(on_bad)
     result = load(model, weights=weights, device=device, engine=engine).predict(
         inputs, top=top, tta=tta, batch_size=batch_size, workers=workers, cache_dir=cache_dir, out=out
     )
@@ -146,9 +155,12 @@ class LoadedModel:
         predictions are streamed to that file, and the result keeps a few: .jsonl has all that `to_json` gives, .csv
         has the columns path, label, probability and reason, then label_2, probability_2 and so on up to `top`. An
         older `out` is replaced when all is done. Raises ModelError, CacheError (of another spec than the model's),
-        DataError, WeightsError, ResourceError, and UsageError for an `out` of another ending.
+        DataError, WeightsError, ResourceError, and UsageError for an `out` of another ending, or no inputs.
         """
         words = [str(item) for item in ([inputs] if isinstance(inputs, (str, Path)) else inputs)]
+        check_counts(top=top, batch_size=batch_size, workers=workers)
+        if not words:
+            raise UsageError("inputs []: nothing to predict; give images, folders, DATA or a CACHE")
         n_views = _TTA_VIEWS if tta else 1
         if len(words) == 1 and is_cache(Path(words[0])):
             rows = self._cache_rows(Path(words[0]), n_views=n_views)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from transfercache.arrays import BoolArray, Float32Array, Float64Array, Int64Array
+from transfercache.errors import DataError
 from transfercache.metrics import softmax
 from transfercache.spec import ExtractSpec
 
@@ -73,5 +74,11 @@ class LinearHead:
         return softmax(self.logits(x) / self.temperatures)
 
     def predict(self, x: Float32Array) -> Int64Array:
-        """Return int64 [M]: the index into `class_names` of the largest logit (ties: the first)."""
+        """Return int64 [M]: the index into `class_names` of the largest logit (ties: the first).
+
+        Raises DataError for an embedding that is not finite, whose logits would all be ties.
+        """
+        bad = np.flatnonzero(~np.isfinite(x).all(axis=-1))
+        if len(bad):
+            raise DataError(f"embedding {bad[0]}: has values that are not finite (NaN or infinity); leave it out")
         return np.asarray(self.logits(x).argmax(axis=1), dtype=np.int64)
