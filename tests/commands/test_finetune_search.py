@@ -229,7 +229,7 @@ def test_try__from_a_head_that_was_calibrated_since_is_another_run(
         finetune(pets, **options, on_epoch=stop)
     model = load_model(head)
     save_model(replace(model, head=replace(model.head, temperature=2.0)), head)
-    with pytest.raises(UsageError, match=r"trials\.json: of another run \(other --init-head\)"):
+    with pytest.raises(UsageError, match=r"try-done-\d+-0+\.pt: of another run \(other --init-head\)"):
         finetune(pets, **options, resume=True)
 
 

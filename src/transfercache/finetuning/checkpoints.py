@@ -108,7 +108,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove them all, the MODEL being written; or those of this part, its result being kept."""
-        records = [] if self.prefix else self.folder.glob("*.json")
+        records = [] if self.prefix else sorted(self.folder.glob("[!0-9]*.pt"))  # of parts
         # Records last: they say what run the others are of.
         for path in (*self._paths(), *self._torn(), *records):
             path.unlink()
@@ -123,14 +123,14 @@ class Checkpoints:
             )
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.prefix}*.pt"))
+        return sorted(self.folder.glob(f"{self.prefix}[0-9]*.pt"))  # without those of parts
 
     def _torn(self) -> list[Path]:
         """Return what runs left that were killed while they wrote."""
         return list(self.folder.glob(".*.tmp"))
 
     def _kept(self) -> list[Path]:
-        return [*self._paths(), *self.folder.glob("*.json")]
+        return list(self.folder.glob("*.pt"))
 
 
 def _difference(name: str, then: object, now: object) -> str:

@@ -5,7 +5,6 @@ No trial is given the rows of other splits with their labels, so that what is re
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -13,16 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from transfercache import config
 from transfercache.backbones.registry import Backbone
-from transfercache.environment import installed_versions
 from transfercache.errors import DivergenceError, OutOfMemoryError, UsageError, did_you_mean
-from transfercache.files import write_atomic
 from transfercache.finetuning.checkpoints import Checkpoints
 from transfercache.finetuning.groups import describe_effects
 from transfercache.finetuning.options import FinetuneOptions
@@ -31,7 +27,6 @@ from transfercache.finetuning.rows import divide_rows
 from transfercache.finetuning.training import OnLine, ignore
 from transfercache.images.manifest import Manifest
 from transfercache.splits import Split
-from transfercache.strict_json import parse, take
 from transfercache.text import name_flag, name_value
 
 logger = logging.getLogger(__name__)
@@ -41,8 +36,8 @@ Values = dict[str, Any]
 #: Trains with these options on this manifest, checkpoints going there.
 Train = Callable[[Manifest, FinetuneOptions, Checkpoints], FinetuneResult]
 
-_TRIALS = "trials.json"
-_SCHEMA_VERSION = 1
+# What the names of checkpoints begin with: of the trial under way, by its number, and of what is finished.
+_TRY, _DONE = "try-", "try-done-"
 # What says which rows judge and how, what is no setting (a seed that wins has won by luck), or changes no bit.
 _NOT_TRIED = ("compute", "has_head", "patience", "seed", "select", "workers")
 _NAMES = tuple(field.name for field in fields(FinetuneOptions) if field.name not in _NOT_TRIED)
@@ -60,10 +55,6 @@ class Trial:
     seconds: float
     passes: int  # images through the network, forward
     n_held_out: int  # training rows, the same for all
-
-
-# What JSON makes of its fields: a type, or one of two.
-_TRIAL = {**{name: get_args(kind) or kind for name, kind in get_type_hints(Trial).items()}, "values": dict}
 
 
 def describe_values(values: Values) -> str:
@@ -140,7 +131,7 @@ def check_effects(backbone: Backbone, options: FinetuneOptions, combinations: Se
 def check_search(checkpoints: Checkpoints, combinations: Sequence[Values]) -> None:
     """Raise UsageError where a run with a search would go on from one without it, or the other way round."""
     folder = checkpoints.folder
-    is_tried = (folder / _TRIALS).exists() or any(folder.glob("try-*.pt"))
+    is_tried = any(folder.glob(f"{_TRY}*.pt"))
     if combinations and not is_tried and any(folder.glob("*.pt")):
         raise UsageError(
             f"{folder}: holds the checkpoints of a run without --try; leave it out as then, or remove that folder to "
@@ -171,15 +162,17 @@ def search(
     share = options.select or config.TRY_SHARE
     n_held_out = len(divide_rows(manifest, select=share, seed=options.seed).held_out)
     hidden = _hide_reported(manifest)
-    trials = _read_trials(checkpoints, combinations)
+    done = checkpoints.part(_DONE, is_first=False)
+    kept = done.newest() or {"trials": []}
+    trials = [Trial(**trial) for trial in kept["trials"]]
     for number, values in enumerate(combinations, 1):
-        own = checkpoints.part(f"try-{number}-", is_first=not trials)
+        own = checkpoints.part(f"{_TRY}{number}-", is_first=not trials)
         if number > len(trials):
             on_line(f"try {number} of {len(combinations)}: {describe_values(values)}")
             tried = replace(options, **values, select=share)
             run = partial(train, hidden, tried, own)
             trials.append(_judge(run, values, n_held_out=n_held_out, is_best_kept=options.select is not None))
-            _write_trials(checkpoints, trials)
+            done.write({"trials": [asdict(trial) for trial in trials]}, epoch=number, n_trained=0)
         own.remove()
     if all(trial.held_out_log_loss is None for trial in trials):
         checkpoints.remove()
@@ -221,39 +214,3 @@ def _judge(run: Callable[[], FinetuneResult], values: Values, *, n_held_out: int
         passes=result.passes,
         n_held_out=n_held_out,
     )
-
-
-def _write_trials(checkpoints: Checkpoints, trials: Sequence[Trial]) -> None:
-    document = {
-        "schema_version": _SCHEMA_VERSION,
-        "versions": installed_versions(),
-        "identity": dict(checkpoints.identity),
-        "trials": [asdict(trial) for trial in trials],
-    }
-    write_atomic(checkpoints.folder / _TRIALS, json.dumps(document, indent=1, allow_nan=False).encode())
-
-
-def _read_trials(checkpoints: Checkpoints, combinations: Sequence[Values]) -> list[Trial]:
-    path = checkpoints.folder / _TRIALS
-    if not path.exists():
-        return []
-    try:
-        identity, trials = _parse_trials(path)
-    except ValueError as error:
-        logger.warning("%s: torn or damaged (%s); it is passed over", path, error)
-        return []
-    checkpoints.check_identity(path, identity)
-    if [trial.values for trial in trials] != list(combinations[: len(trials)]):
-        logger.warning("%s: torn or damaged (other values than were tried); it is passed over", path)
-        return []
-    return trials
-
-
-def _parse_trials(path: Path) -> tuple[dict[str, Any], list[Trial]]:
-    expected = {"schema_version": int, "versions": dict, "identity": dict, "trials": list}
-    document = take(parse(path.read_bytes()), "it", expected)
-    if document["schema_version"] != _SCHEMA_VERSION:
-        raise ValueError(f"schema {document['schema_version']}, this tlc reads {_SCHEMA_VERSION}")
-    if document["versions"] != installed_versions():
-        logger.warning("%s: made by other versions of torch or what decodes; the end may differ in bits", path)
-    return document["identity"], [Trial(**take(item, "a trial", _TRIAL)) for item in document["trials"]]
