@@ -5,43 +5,18 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import transfercache
 from transfercache.errors import DataError
 from transfercache.text import one_line
 
 if TYPE_CHECKING:  # `tlc --help` loads neither rich's tables nor numpy
-    from rich.console import RenderableType
-
-    from transfercache.commands.inputs import BadImage
     from transfercache.finetuning.result import EpochRecord
 
 # Beside a JSON document, which lists them all.
 _BAD_SHOWN = 10
-
-
-class Result(Protocol):
-    """What a command returns."""
-
-    @property
-    def bad(self) -> Sequence[BadImage]:
-        """Images that could not be used."""
-        ...
-
-    @property
-    def next_command(self) -> Sequence[str]:
-        """The words of the command a person would run next."""
-        ...
-
-    def to_json(self) -> Any:
-        """The JSON document of this result."""
-        ...
-
-    def render(self) -> RenderableType:
-        """The same for a terminal."""
-        ...
 
 
 def call(name: str, words: Mapping[str, Any], **callbacks: Any) -> Any:
@@ -57,13 +32,16 @@ def run(name: str, words: Mapping[str, Any], **callbacks: Any) -> int:
     return finish_as_asked(call(name, words, **callbacks), words)
 
 
-def finish_as_asked(result: Result, words: Mapping[str, Any]) -> int:
+def finish_as_asked(result: Any, words: Mapping[str, Any]) -> int:
     """Print `result` in the way that the handler's `words` ask for; returns the exit code."""
     return finish(result, as_json=words["json"], on_bad=words.get("on_bad", "fail"))
 
 
-def finish(result: Result, *, as_json: bool, on_bad: str = "fail") -> int:
-    """Print `result`; returns the exit code: 3 where images are bad and `on_bad` is fail, else 0."""
+def finish(result: Any, *, as_json: bool, on_bad: str = "fail") -> int:
+    """Print what a command returned: its document or what it renders, then its bad images and the next command.
+
+    Returns the exit code: 3 where images are bad and `on_bad` is fail, else 0.
+    """
     if as_json:
         print(json.dumps(result.to_json(), allow_nan=False))
     else:

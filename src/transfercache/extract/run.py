@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypedDict
 
 import numpy as np
 
@@ -27,12 +26,6 @@ from transfercache.extract.plan import NEW_SHARD, Plan, plan_extraction
 from transfercache.images.manifest import Manifest
 
 logger = logging.getLogger(__name__)
-
-
-class _Names(TypedDict):
-    class_names: tuple[str, ...]
-    has_given_split: bool
-
 
 # Copied at once.
 _BYTES_PER_COPY = 2 << 20
@@ -87,9 +80,12 @@ class ExtractionRun:
         if self._unfinished() or slots.damaged or any(item.row not in known_bad for item in plan.items()):
             return None
         rows = self._rows(slots, known_bad)
-        is_same = published is not None and rows.has_same_content(published)
-        if not is_same and not store.has_published(rows, **self._names()):
-            return None
+        if published is None or not rows.has_same_content(published):
+            manifest = self.embedder.manifest
+            if not store.has_published(
+                rows, class_names=manifest.class_names, has_given_split=manifest.has_given_split
+            ):
+                return None
         self._check_parity(slots, plan)
         outcome = Outcome(0, plan.n_held, self._n_checked, rows.bad)
         if self._n_checked:
@@ -99,7 +95,7 @@ class ExtractionRun:
         return outcome
 
     def _run_locked(self) -> Outcome:
-        store = self.store
+        store, manifest = self.store, self.embedder.manifest
         with store.writing():
             before = self._slots()
             plan = self._plan(before)
@@ -115,7 +111,10 @@ class ExtractionRun:
                 rows = self._rows(after, reasons)
                 outcome = self._outcome(plan, before, after, bad=rows.bad)
                 run = self.describe_run(outcome)
-                if not store.publish(rows, run=run, **self._names()) and self._n_checked:
+                is_new = store.publish(
+                    rows, class_names=manifest.class_names, run=run, has_given_split=manifest.has_given_split
+                )
+                if not is_new and self._n_checked:
                     store.record(run)
             except BaseException:
                 if run is None or run not in store.catalogue.provenance:  # publishing may fail after it is on record
@@ -133,10 +132,6 @@ class ExtractionRun:
         slots = self.store.slots(prove={entry.number for entry in left})
         self._proved.update(entry for entry in left if entry.finished and entry.number not in slots.damaged)
         return slots
-
-    def _names(self) -> _Names:
-        manifest = self.embedder.manifest
-        return {"class_names": manifest.class_names, "has_given_split": manifest.has_given_split}
 
     def _rows(self, slots: Slots, reasons: Mapping[int, str]) -> Rows:
         manifest = self.embedder.manifest

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +69,6 @@ class Affine:
         return np.asarray(features.astype(np.float64, copy=False) @ self.weight.T + self.bias)
 
 
-class Solver(Protocol):
-    """Fits a problem: the map on raw embeddings, and what was chosen on the way."""
-
-    def __call__(self, problem: Problem) -> tuple[Affine, Chosen]:
-        """Fit all rows, in the settings that the problem asks for or that its own rows choose."""
+#: Fits all rows of a problem, in the settings that it asks for or that its own rows choose: the map on raw embeddings,
+#: and what was chosen on the way.
+Solver = Callable[[Problem], tuple[Affine, Chosen]]
