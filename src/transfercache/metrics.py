@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from transfercache.arrays import BoolArray, Float64Array, Int64Array
 from transfercache.errors import DataError
+from transfercache.plain import fields_of
 
 AnyFloatArray = npt.NDArray[np.floating[Any]]
 
@@ -122,13 +123,7 @@ class ClassReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the object under `per_class` of the command line's JSON."""
-        return {
-            "class": self.name,
-            "n": self.n,
-            "n_train": self.n_train,
-            "recall": self.recall,
-            "precision": self.precision,
-        }
+        return {"class": self.name, **fields_of(self, without=("name",))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,18 +143,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as they stand under `reported` of the command line's JSON."""
-        return {
-            "split": self.split,
-            "accuracy": self.accuracy,
-            "interval": list(self.interval),
-            "n": self.n,
-            "balanced_accuracy": self.balanced_accuracy,
-            "macro_f1": self.macro_f1,
-            "log_loss": self.log_loss,
-            "ece": self.ece,
-            "per_class": [item.to_json() for item in self.per_class],
-            "confusion": self.confusion.tolist(),
-        }
+        return fields_of(self)
 
 
 class Answers(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from transfercache.cache.upkeep import Freed, days_since_change, prune, remove
 from transfercache.cache.verify import Verification, verify_folder
 from transfercache.commands.inputs import BadImage, cache_root, changed_words
 from transfercache.errors import CacheError, LockedError, ResourceError
+from transfercache.plain import plain
 from transfercache.report.caches import render_info, render_rows, show_bytes
 from transfercache.splits import SPLIT_NAMES
 
@@ -50,12 +51,12 @@ def list_caches(*, cache_dir: Path | str | None = None) -> CacheResult[tuple[Sum
     root = cache_root(cache_dir)
     found = tuple(read_contents(folder).summary() for folder in cache_folders(root))
     n_bytes, n_unused = sum(item.bytes for item in found), sum(item.unused for item in found)
-    lines = [{**_plain(item), "cache": item.cache.name, "data_name": None} for item in found]
+    lines = [{**plain(item), "cache": item.cache.name, "data_name": None} for item in found]
     last = f"{len(found)} caches under {root}: {show_bytes(n_bytes)} in all, {show_bytes(n_unused)} unused"
     words = ("tlc", "cache", "info", str(found[0].cache)) if found else ("tlc", "demo")
     return CacheResult(
         value=found,
-        document=[_plain(item) for item in found],
+        document=plain(found),
         render=lambda: render_rows(lines, last=last),
         next_command=("tlc", "cache", "prune", *_root_words(cache_dir)) if n_unused else words,
     )
@@ -96,7 +97,7 @@ def verify_cache(
             f"{n_problems} problems in {len(torn)} of {len(found)} caches; mend such a one as its lines say, or remove "
             f"it with tlc cache remove {torn[0]}, and make it anew with tlc extract-features"
         )
-    document = [_plain(item) for item in found]
+    document = plain(found)
     return CacheResult(
         value=found,
         document=document,
@@ -156,7 +157,7 @@ def _freed(
     whole = [str(item.cache) for item in found if item.removed]
     removing = f", removing {', '.join(whole)}" if whole else ""
     next_words = [*words, *_root_words(cache_dir), "--yes"] if dry_run else ["list", *_root_words(cache_dir)]
-    document = [_plain(item) for item in found]
+    document = plain(found)
     return CacheResult(
         value=found,
         document=document,
@@ -186,10 +187,6 @@ def _folder(cache: str | Path, root: Path) -> Path:
     return root / path if not path.exists() and (root / path).is_dir() else path
 
 
-def _plain(item: Summary | Verification | Freed) -> dict[str, Any]:
-    return {**asdict(item), "cache": str(item.cache)}
-
-
 def _describe(contents: Contents) -> dict[str, Any]:
     catalogue = contents.catalogue
     if catalogue is None:
@@ -203,7 +200,7 @@ def _describe(contents: Contents) -> dict[str, Any]:
         for entry in catalogue.shards
     ]
     return {
-        **_plain(contents.summary()),
+        **plain(contents.summary()),
         "has_given_split": catalogue.has_given_split,
         "spec": catalogue.spec.to_json(),
         "dim": catalogue.dim,

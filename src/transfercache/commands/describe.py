@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transfercache import config
@@ -10,6 +10,7 @@ from transfercache.backbones.available import RANDOM
 from transfercache.backbones.registry import load_backbone
 from transfercache.finetuning.groups import ParameterGroup, count_parameters, describe_groups
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.plain import fields_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -41,7 +42,7 @@ class BackboneDescription:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc finetune --describe`."""
-        return {name: value for name, value in asdict(self).items() if name != "bad"}
+        return fields_of(self, without=("bad",))
 
     def render(self) -> RenderableType:
         """Return the same for a terminal."""

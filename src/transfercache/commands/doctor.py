@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from transfercache.commands.inputs import BadImage, cache_root
 from transfercache.environment import describe_environment
 from transfercache.errors import ResourceError, UsageError
 from transfercache.images.decoders import load_fast
+from transfercache.plain import fields_of
 from transfercache.spec import DECODERS
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc doctor`."""
-        parts = {name: value for name, value in asdict(self).items() if name not in ("environment", "bad")}
-        return {**self.environment, **parts, "bf16_units": list(self.bf16_units)}
+        return {**self.environment, **fields_of(self, without=("environment", "bad"))}
 
     def render(self) -> RenderableType:
         """Return the same for a terminal, a line a fact."""

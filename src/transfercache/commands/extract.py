@@ -43,6 +43,7 @@ from transfercache.extract.run import ExtractionRun, Outcome
 from transfercache.images.decoders import pick_decoder
 from transfercache.images.manifest import Manifest, take_part
 from transfercache.images.sources import read_source
+from transfercache.plain import fields_of
 from transfercache.spec import ExtractSpec
 from transfercache.splits import count_straddling
 from transfercache.stopwatch import Stopwatch
@@ -128,16 +129,7 @@ class Extraction:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc extract-features`."""
         return {
-            "cache": str(self.cache),
-            "rows": self.rows,
-            "views": self.views,
-            "computed": self.computed,
-            "reused": self.reused,
-            "checked": self.checked,
-            "bad": [item.to_json() for item in self.bad],
-            "straddling": self.straddling,
-            "dim": self.dim,
-            "seconds": self.seconds,
+            **fields_of(self, without=("engine", "compute", "device", "next_command")),
             "images_per_second": self.images_per_second,
             "engine": self.engine,
             "compute": self.compute,

@@ -12,6 +12,7 @@ from transfercache.finetuning.groups import ParameterGroup
 from transfercache.finetuning.result import EpochRecord
 from transfercache.finetuning.search import Trial, choose_trial
 from transfercache.metrics import Report
+from transfercache.plain import fields_of, plain
 from transfercache.text import name_flag, name_value
 
 if TYPE_CHECKING:
@@ -45,19 +46,10 @@ class FinetuneOutcome:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc finetune`."""
         return {
-            "model": str(self.model),
-            "groups": [asdict(group) for group in self.groups],
-            "compute": self.compute,
-            "epochs": [asdict(epoch) for epoch in self.epochs],
-            "chosen_epoch": self.chosen_epoch,
-            "n_train": self.n_train,
-            "straddling": self.straddling,
-            "reported": None if self.reported is None else self.reported.to_json(),
-            "seconds": self.seconds,
-            "backbone_passes": self.backbone_passes,
+            **fields_of(self, without=("bad", "data", "extraction", "trials")),
             "search_passes": self._search_passes,
             "trials": trials_to_json(self.trials),
-            "bad": [item.to_json() for item in self.bad],
+            "bad": plain(self.bad),
             "extraction": self.extraction,
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from transfercache.errors import UsageError
 from transfercache.heads.learning_curve import Point, last_gain
 from transfercache.heads.linear_head import LinearHead
 from transfercache.metrics import Report
+from transfercache.plain import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,10 +40,6 @@ class SuspectsFile:
     n_scored: int  # training images
     n_issues: int  # of them, those that are confidently of another class
     n_unscored: int  # training images that could not be held out
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "file": str(self.file)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +82,7 @@ class HeadResult:
         """Return the JSON document of `tlc train-head`; what was not asked for is null."""
         curve = self.learning_curve
         return {
-            "head": None if self.head is None else str(self.head),
+            "head": plain(self.head),
             "solver": self.solver,
             "chosen": self.chosen,
             "n_train": self.n_train,
@@ -93,9 +90,9 @@ class HeadResult:
             "tta": self.tta,
             "bundled": self.is_bundled,
             "straddling": self.straddling,
-            "reported": None if self.reported is None else self.reported.to_json(),
-            "calibration": None if self.calibration is None else asdict(self.calibration),
-            "suspects": None if self.suspects is None else self.suspects.to_json(),
+            "reported": plain(self.reported),
+            "calibration": plain(self.calibration),
+            "suspects": plain(self.suspects),
             "shots": [point.to_json("shots") for point in self.shots] or None,
             "learning_curve": [point.to_json("fraction") for point in curve] or None,
             "more_labels": last_gain(curve).to_json() if curve else None,
