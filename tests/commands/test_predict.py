@@ -88,7 +88,7 @@ def test_predict__of_data_whose_rows_are_cached__loads_no_backbone(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the backbone was loaded")
 
-    monkeypatch.setattr("transfercache.models.network.load_engine", refuse)
+    monkeypatch.setattr("transfercache.models.network.load_backbone_of", refuse)
     result = predict(head, flat, cache_dir=unlabelled.cache.parent)
     assert [image.to_json() for image in result.images] == [
         image.to_json() for image in predict(head, unlabelled.cache).images

@@ -32,6 +32,7 @@ from transfercache.commands.inputs import (
     changed_words,
     check_on_bad,
     finish_manifest,
+    known_views,
     known_files,
     log_bad,
 )
@@ -284,7 +285,7 @@ class Extractor:
 
         spec = options.spec(backbone)
         folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
-        n_views = options.views or (config.VIEWS if folder is None else _n_views(Store(folder), mend=prove))
+        n_views = options.views or known_views(folder, mend=prove)
         check_space(
             manifest,
             spec,
@@ -350,22 +351,6 @@ class Extractor:
             device=choice.device_name,
             next_command=("tlc", "train-head", str(store.folder)),
         )
-
-
-def _n_views(store: Store, *, mend: bool) -> int:
-    """Return how many views the cache's rows have, else the default.
-
-    With `mend`, where the rows file is damaged, as many as the shards have: no fewer are lost.
-    """
-    try:
-        rows = store.rows()
-    except CacheError as error:
-        if not mend:
-            raise
-        logger.warning("it is written again: %s", error)
-        shards = {entry.number for entry in store.catalogue.shards}
-        return int(store.slots(prove=shards).view.max(initial=0)) + 1
-    return config.VIEWS if rows is None else rows.n_views
 
 
 def _new_store(cache_dir: Path, manifest: Manifest, spec: ExtractSpec, make_engine: Callable[[], Engine]) -> Store:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from transfercache import config
 from transfercache.cache.store import Store
-from transfercache.errors import UsageError
+from transfercache.errors import CacheError, UsageError
 from transfercache.images.manifest import KnownFile, Manifest, hash_files, split_rows
 from transfercache.overlay import overlay
 from transfercache.spec import DECODERS, POOLED, ExtractSpec
@@ -145,9 +145,22 @@ def known_files(folder: Path | None) -> dict[str, KnownFile]:
     return {} if rows is None else rows.known_files()
 
 
-def known_views(folder: Path | None) -> int:
-    """Return how many rows the cache at `folder` has of each image; without one, how many it would be given."""
-    rows = None if folder is None else Store(folder).rows()
+def known_views(folder: Path | None, *, mend: bool = False) -> int:
+    """Return how many rows the cache at `folder` has of each image; without one, how many it would be given.
+
+    With `mend`, where the rows file is damaged, as many as the shards have: no fewer are lost.
+    """
+    if folder is None:
+        return config.VIEWS
+    store = Store(folder)
+    try:
+        rows = store.rows()
+    except CacheError as error:
+        if not mend:
+            raise
+        logger.warning("it is written again: %s", error)
+        shards = {entry.number for entry in store.catalogue.shards}
+        return int(store.slots(prove=shards).view.max(initial=0)) + 1
     return config.VIEWS if rows is None else rows.n_views
 
 

@@ -117,9 +117,10 @@ class LoadedModel:
     @cached_property
     def engine(self) -> Engine:
         """The backbone on its device, in the model's own precision, checked against the model's canary logits."""
-        from transfercache.models.network import load_engine
+        from transfercache.models.network import checked_engine, load_backbone_of
 
-        return load_engine(self.model, self.path, weights=self.weights, choice=self._choice)
+        backbone = load_backbone_of(self.model, self.path, weights=self.weights)
+        return checked_engine(self.model, self.path, backbone, choice=self._choice)
 
     @cached_property
     def _choice(self) -> Choice:

@@ -22,16 +22,6 @@ from transfercache.models.head_file import Model, check_canaries
 from transfercache.spec import ExtractSpec
 
 
-def load_engine(model: Model, path: Path, *, weights: str | None, choice: Choice) -> Engine:
-    """Return the engine that embeds images for `model`, which was read from `path`.
-
-    `weights` says where the backbone's weights are, where they are neither in the model nor where they came from.
-    Raises WeightsError where they cannot be had or have another digest, ModelError where the tensors in the file do
-    not fit the backbone, are not those of the head's spec, or give other canary logits than were saved.
-    """
-    return checked_engine(model, path, load_backbone_of(model, path, weights=weights), choice=choice)
-
-
 def checked_engine(model: Model, path: Path, backbone: FrozenBackbone, *, choice: Choice) -> Engine:
     """Return the engine of a model's `backbone`; raises ModelError where its canary logits are not those saved."""
     engine = choice.build(backbone)
