@@ -200,7 +200,7 @@ def main(given: argparse.Namespace) -> None:
         "end_to_end": end_to_end,
     }
     if given.photographs and given.seeds:
-        photographs = hash_files(read_source(given.photographs), known={}, scanned_ns=0)
+        photographs = hash_files(read_source(given.photographs), known={})
         if divide_roles(photographs.split, photographs.labels).reported is not None:
             document["accuracy"] = measure_accuracy(photographs, backbone, computes, seeds=given.seeds)
     print(json.dumps({**document, "environment": describe_environment()}))

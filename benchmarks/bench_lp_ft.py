@@ -65,7 +65,7 @@ def make_stripes(folder: Path, n_images: int, *, pixels: int) -> Path:
 
 def read_split(folder: Path) -> Manifest:
     """Return the images, a fifth of them held out."""
-    return split_rows(hash_files(read_source(folder), known={}, scanned_ns=0), val_fraction=0.2, split_seed=0)
+    return split_rows(hash_files(read_source(folder), known={}), val_fraction=0.2, split_seed=0)
 
 
 def embed(manifest: Manifest, backbone: Backbone) -> npt.NDArray[np.float32]:
@@ -82,7 +82,7 @@ def training_table(manifest: Manifest, backbone: Backbone, embeddings: npt.NDArr
         labels=manifest.labels,
         split=manifest.split,
         view=np.zeros(manifest.n_rows, dtype=np.uint8),
-        group=manifest.component(),
+        group=manifest.component,
         row=np.arange(manifest.n_rows),
         class_names=manifest.class_names,
         spec=EmbedOptions().spec(backbone),

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 def read_training(folder: Path) -> Manifest:
     """Return all images as training rows: nothing is reported, so that a run is its epochs."""
-    manifest = hash_files(read_source(folder), known={}, scanned_ns=0)
+    manifest = hash_files(read_source(folder), known={})
     return replace(manifest, split=np.full(manifest.n_rows, Split.TRAIN, dtype=np.uint8))
 
 

@@ -17,7 +17,7 @@ from transfercache.stopwatch import Stopwatch
 
 def finished(data: Path, labels: Path) -> Manifest:
     return finish_manifest(
-        read_source(data), labels=labels, val_fraction=0.2, split_seed=0, known={}, scanned_ns=0, watch=Stopwatch()
+        read_source(data), labels=labels, val_fraction=0.2, split_seed=0, known={}, watch=Stopwatch()
     )
 
 

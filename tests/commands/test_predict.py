@@ -279,7 +279,7 @@ def test_weights__that_are_not_those_of_the_head(head: Path, flat: Path) -> None
 
 def _split_of(pets: Path) -> dict[str, str]:
     manifest = finish_manifest(
-        read_source(pets), labels=None, val_fraction=0.2, split_seed=0, known={}, scanned_ns=0, watch=Stopwatch()
+        read_source(pets), labels=None, val_fraction=0.2, split_seed=0, known={}, watch=Stopwatch()
     )
     return {path: Split(split).name.lower() for path, split in zip(manifest.paths, manifest.split, strict=True)}
 

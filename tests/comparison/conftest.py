@@ -51,7 +51,7 @@ def write_photos(folder: Path, **per_split: int) -> Path:
 
 def read(folder: Path) -> Manifest:
     """The manifest with content digests, as the commands hand it over."""
-    return hash_files(read_source(folder), known={}, scanned_ns=0)
+    return hash_files(read_source(folder), known={})
 
 
 def rows_of(manifest: Manifest) -> ComparedRows:
@@ -82,7 +82,7 @@ def embed(manifest: Manifest, backbone: Backbone) -> FeatureTable:
         labels=manifest.labels,
         split=manifest.split,
         view=np.zeros(manifest.n_rows, dtype=np.uint8),
-        group=manifest.component(),
+        group=manifest.component,
         row=np.arange(manifest.n_rows),
         class_names=manifest.class_names,
         spec=spec_of(backbone),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,7 +64,6 @@ class Extractor:
     def run(self, engine: PositionedEngine | None = None) -> Outcome:
         engine = engine or PositionedEngine()
         self.engine = engine
-        scanned_ns = time.time_ns()
         manifest = read_source(self.data)
         store = find_or_create(
             self.cache_dir,
@@ -77,7 +75,7 @@ class Extractor:
         self.folder = store.folder
         rows = None if self.prove else store.rows()
         known = {} if rows is None else rows.known_files()
-        manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
+        manifest = hash_files(manifest, known=known)
         manifest = split_rows(manifest, val_fraction=0.25, split_seed=0)
 
         self.before_decoding()

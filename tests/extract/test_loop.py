@@ -23,7 +23,7 @@ SPEC = ExtractSpec(backbone="made", weights_digest="0" * 64, boundary="pooled", 
 
 
 def _embed(photos: Path, engine: Any, pending: list[PendingView], watch: Stopwatch) -> list[EmbeddedBatch]:
-    manifest = hash_files(read_source(photos), known={}, scanned_ns=0)
+    manifest = hash_files(read_source(photos), known={})
     return list(Embedder(manifest, SPEC, lambda: engine, 2, watch).embed(pending, batch_size=4))
 
 

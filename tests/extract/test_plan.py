@@ -15,7 +15,7 @@ from transfercache.images.sources import read_source
 
 
 def _manifest(photos: Path) -> Manifest:
-    return hash_files(read_source(photos), known={}, scanned_ns=0)
+    return hash_files(read_source(photos), known={})
 
 
 def _slots(manifest: Manifest, rows: list[int], *, shard: list[int], valid: list[bool]) -> Slots:

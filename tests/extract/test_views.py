@@ -52,7 +52,7 @@ def test_view_pixels__eval_then_mirror_then_drawn(photos: Path, spec: ExtractSpe
 def test_views__do_not_depend_on_order_batch_or_workers(
     photos: Path, make_engine: Any, spec: ExtractSpec, batch_size: int, workers: int
 ) -> None:
-    manifest = hash_files(read_source(photos), known={}, scanned_ns=0)
+    manifest = hash_files(read_source(photos), known={})
     engine = make_engine()
 
     def means(pending: list[PendingView], batch_size: int, workers: int) -> dict[tuple[int, int], bytes]:

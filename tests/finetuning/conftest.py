@@ -53,7 +53,7 @@ def make_photos(tmp_path: Path) -> MakePhotos:
 
 def read(folder: Path) -> Manifest:
     """The manifest with content digests, as the commands hand it over."""
-    return hash_files(read_source(folder), known={}, scanned_ns=0)
+    return hash_files(read_source(folder), known={})
 
 
 class TwoStages(nn.Module):

@@ -62,7 +62,7 @@ def activate(
         labels=manifest.labels[rows],
         split=manifest.split[rows],
         view=views,
-        group=manifest.component()[rows],
+        group=manifest.component[rows],
         row=rows,
         class_names=manifest.class_names,
         spec=replace(spec_of(part), boundary=part.boundary, storage_dtype=dtype),

@@ -229,7 +229,7 @@ def test_document__is_what_tlc_does(what: str, decode: Decoder, tmp_path: Path) 
     (folder / "good.png").write_bytes(PNG)
     CASES[what](folder)
     data = folder.parent / "rows.csv"
-    manifest = hash_files(read_source(data if data.exists() else folder.parent), known={}, scanned_ns=0)
+    manifest = hash_files(read_source(data if data.exists() else folder.parent), known={})
     bad = bad_rows(manifest, decode)
     says = [*bad, *manifest.skipped]
     line = TABLE[what]

@@ -34,7 +34,7 @@ def make_old(path: Path, seconds: float = 3600) -> None:
 
 
 def hashed(folder: Path) -> Manifest:
-    return hash_files(read_source(folder), known={}, scanned_ns=time.time_ns())
+    return hash_files(read_source(folder), known={})
 
 
 def known_files(manifest: Manifest) -> dict[str, KnownFile]:
@@ -77,7 +77,7 @@ def test_hash_files__known_files_are_not_read(photos: Path, files_read: list[str
     first = hashed(photos)
     assert len(files_read) == 20
     files_read.clear()
-    second = hash_files(read_source(photos), known=known_files(first), scanned_ns=time.time_ns())
+    second = hash_files(read_source(photos), known=known_files(first))
     assert files_read == []
     np.testing.assert_array_equal(second.digests, first.digests)
 
@@ -91,7 +91,7 @@ def test_hash_files__a_change_that_only_ctime_shows_is_read(photos: Path, files_
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as rsync and tar restore it
     files_read.clear()
-    manifest = hash_files(read_source(photos), known=known, scanned_ns=time.time_ns())
+    manifest = hash_files(read_source(photos), known=known)
     assert files_read == ["03.jpg"]
     assert manifest.digests[3].tobytes() == hashlib.sha256(data).digest()
 
@@ -103,25 +103,26 @@ def test_hash_files__each_of_the_four_fields_counts(photos: Path, files_read: li
     entry[field] += 1
     known["b/15.jpg"] = tuple(entry)
     files_read.clear()
-    hash_files(read_source(photos), known=known, scanned_ns=time.time_ns())
+    hash_files(read_source(photos), known=known)
     assert files_read == ["15.jpg"]
 
 
 def test_hash_files__young_files_are_read_now_and_next_time(photos: Path, files_read: list[str]) -> None:
     make_old(photos / "a" / "00.jpg", seconds=1.5)
-    scanned_ns = time.time_ns()
-    first = hash_files(read_source(photos), known={}, scanned_ns=scanned_ns)
+    scanned = read_source(photos)
+    assert 0 <= time.time_ns() - scanned.scanned_ns < 10**9
+    first = hash_files(scanned, known={})
     assert first.stat[0, 1] == -1
     files_read.clear()
     # A record made while the file was young does not vouch for it even once it is old: it may have changed within
     # the same tick of the clock, after it was hashed.
-    later_ns = scanned_ns + 60 * 10**9
-    second = hash_files(read_source(photos), known=known_files(first), scanned_ns=later_ns)
+    later = replace(read_source(photos), scanned_ns=scanned.scanned_ns + 60 * 10**9)
+    second = hash_files(later, known=known_files(first))
     assert files_read == ["00.jpg"]
     files_read.clear()
-    hash_files(read_source(photos), known=known_files(second), scanned_ns=later_ns)
+    hash_files(later, known=known_files(second))
     assert files_read == []
-    hash_files(read_source(photos), known=known_files(second), scanned_ns=scanned_ns)
+    hash_files(scanned, known=known_files(second))
     assert files_read == ["00.jpg"]
 
 
@@ -129,7 +130,7 @@ def test_hash_files__unreadable_files_keep_their_reason_and_no_digest(photos: Pa
     (photos / "a" / "dangling.jpg").symlink_to("gone.jpg")
     scanned = read_source(photos)
     (photos / "b" / "19.jpg").unlink()  # between scan and hashing
-    manifest = hash_files(scanned, known={}, scanned_ns=time.time_ns())
+    manifest = hash_files(scanned, known={})
     assert manifest.paths[10] == "a/dangling.jpg"
     assert manifest.unreadable == dict.fromkeys((10, 20), "cannot be read (No such file or directory)")
     assert not manifest.digests[[10, 20]].any()
@@ -161,7 +162,7 @@ def test_component__is_joined_once(photos: Path, monkeypatch: pytest.MonkeyPatch
     real = manifest_module.join_groups
     monkeypatch.setattr(manifest_module, "join_groups", lambda *given: joined.append(1) or real(*given))
     manifest = hashed(photos)
-    assert manifest.component().tolist() == manifest.component().tolist() == list(range(20))
+    assert manifest.component.tolist() == manifest.component.tolist() == list(range(20))
     assert len(joined) == 1
 
 
@@ -192,6 +193,7 @@ def make_manifest(
         unreadable={},
         has_given_split=True,
         skipped={},
+        scanned_ns=0,
     )
 
 

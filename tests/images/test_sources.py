@@ -286,7 +286,7 @@ def test_read_source__csv_rows_in_their_order(csv_path: Path) -> None:
     assert manifest.labels.tolist() == [1, 0, 1, -1]
     assert manifest.split.tolist() == [Split.TRAIN, Split.VAL, Split.TEST, Split.NONE]
     assert manifest.group.tolist() == [0, -1, 1, 0]
-    assert manifest.component().tolist() == [0, 1, 2, 0]
+    assert manifest.component.tolist() == [0, 1, 2, 0]
     assert manifest.has_given_split
 
 

@@ -244,11 +244,10 @@ def compare(
 
 def _read(data: str | Path, specs: Sequence[ExtractSpec], *, root: Path, finish: Callable[..., Manifest]) -> Manifest:
     """Scan DATA, and hash the files that no cache of it vouches for."""
-    scanned_ns = time.time_ns()
     manifest = read_source(data)
     caches = [find(root, data_name=manifest.name, data_root=manifest.root, spec=spec) for spec in specs]
     known = {path: file for cache in caches for path, file in known_files(cache).items()}
-    return finish(manifest, known=known, scanned_ns=scanned_ns)
+    return finish(manifest, known=known)
 
 
 def _plan_activations(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -167,10 +166,9 @@ def _notes(model: Model, *, has_sidecar: bool, target: Path) -> tuple[str, ...]:
 
 
 def _read(data: str | Path) -> Manifest:
-    scanned_ns = time.time_ns()
     manifest = read_images([str(data)])
     log_skipped(manifest)
-    return hash_files(manifest, known={}, scanned_ns=scanned_ns)
+    return hash_files(manifest, known={})
 
 
 def _logits(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -32,8 +31,8 @@ from transfercache.commands.inputs import (
     changed_words,
     check_on_bad,
     finish_manifest,
-    known_views,
     known_files,
+    known_views,
     log_bad,
 )
 from transfercache.commands.space import check_space
@@ -201,7 +200,6 @@ def extract_features(
     options = EmbedOptions(compute, storage_dtype, views, batch_size, workers, decode, max_bytes)
     check_on_bad(on_bad)
     choice = choose_engine(engine, device=device, compute=compute)
-    scanned_ns = time.time_ns()
     manifest = read_source(data)
     if part is not None:
         if labels is not None:
@@ -221,7 +219,6 @@ def extract_features(
         manifest,
         watch=watch,
         known={} if verify_content else known_files(folder),
-        scanned_ns=scanned_ns,
         labels=labels,
         val_fraction=val_fraction,
         split_seed=split_seed,
@@ -343,7 +340,7 @@ class Extractor:
             reused=outcome.reused,
             checked=outcome.checked,
             bad=bad_images(manifest, outcome.bad),
-            straddling=count_straddling(manifest.split, good_labels, manifest.component()),
+            straddling=count_straddling(manifest.split, good_labels, manifest.component),
             dim=backbone.dim,
             seconds=dict.fromkeys(("loop", "decode", "forward", "write"), 0.0) | watch.seconds(),
             engine=choice.engine,

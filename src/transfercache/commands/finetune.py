@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -135,12 +134,11 @@ def finetune(
     if keep_checkpoints < 1:
         raise UsageError(f"--keep-checkpoints {keep_checkpoints}: must be at least 1")
     start = None if init_head is None else _read_head(Path(init_head))
-    scanned_ns, watch = time.time_ns(), Stopwatch()
+    watch = Stopwatch()
     manifest = finish_manifest(
         read_source(data),
         watch=watch,
         known={},
-        scanned_ns=scanned_ns,
         labels=labels,
         val_fraction=val_fraction,
         split_seed=split_seed,
@@ -173,7 +171,7 @@ def finetune(
             epochs=result.epochs,
             chosen_epoch=result.chosen_epoch,
             n_train=result.head.n_train,
-            straddling=count_straddling(good.split, good.labels, good.component()),
+            straddling=count_straddling(good.split, good.labels, good.component),
             reported=report_finetuned(manifest, result),
             trials=trials,
             seconds=add_search(result.seconds, trials),

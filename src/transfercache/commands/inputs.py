@@ -105,7 +105,6 @@ def finish_manifest(
     val_fraction: float,
     split_seed: int,
     known: Mapping[str, KnownFile],
-    scanned_ns: int,
     watch: Stopwatch,
 ) -> Manifest:
     """Hash the files of a scanned source, split its rows where it gives no split, and overlay labels.
@@ -114,7 +113,7 @@ def finish_manifest(
     only the overlay labels are split among themselves. Logs what was left out, and charges `hash` of `watch`.
     """
     with watch.stage("hash"):
-        manifest = hash_files(manifest, known=known, scanned_ns=scanned_ns)
+        manifest = hash_files(manifest, known=known)
     manifest = split_rows(manifest, val_fraction=val_fraction, split_seed=split_seed)
     if labels is not None:
         codes, class_names = overlay(manifest.paths, manifest.labels, manifest.class_names, Path(labels))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -213,13 +212,12 @@ class LoadedModel:
     def _image_rows(
         self, words: Sequence[str], cache_dir: Path, *, n_views: int, batch_size: int | None, workers: int | None
     ) -> Generator[tuple[str, Features | str], None, None]:
-        scanned_ns = time.time_ns()
         manifest = read_images(words)
         log_skipped(manifest)
         spec, folder = self.model.head.spec, None
         if not self.model.is_finetuned:
             folder = find(cache_dir, data_name=manifest.name, data_root=manifest.root, spec=spec)
-        manifest = hash_files(manifest, known=known_files(folder), scanned_ns=scanned_ns)
+        manifest = hash_files(manifest, known=known_files(folder))
         # Without torch no GPU is seen: a wrong guess at `auto` costs a check of eight rows.
         engine = auto_engine(self.device) if self.engine_name == "auto" else self.engine_name
         makers = makers_of(engine, installed_versions())

@@ -105,7 +105,7 @@ def select_rows(manifest: Manifest, *, is_good: BoolArray) -> ComparedRows:
     row = np.flatnonzero(roles.is_train | roles.is_reported)
     # As `classes.check_classes` counts them, so that the warning and the figure agree.
     known = manifest.subset(np.flatnonzero(is_good))
-    n_straddling = count_straddling(known.split, known.labels, known.component())
+    n_straddling = count_straddling(known.split, known.labels, known.component)
     return ComparedRows(manifest.subset(row), row, roles.reported, n_straddling)
 
 

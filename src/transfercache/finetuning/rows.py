@@ -47,7 +47,7 @@ def divide_rows(manifest: Manifest, *, select: float | None, seed: int) -> Divid
 def _draw_held_out(manifest: Manifest, train: Int64Array, *, share: float, seed: int) -> npt.NDArray[np.bool_]:
     drawn = hash_split(
         manifest.labels[train],
-        manifest.component()[train],
+        manifest.component[train],
         manifest.digests[train],
         val_fraction=share,
         # Another draw than the split's own: the rows next in its order are not a sample of their own kind.

@@ -54,6 +54,7 @@ class Manifest:
     unreadable: Mapping[int, str]  # row -> reason
     has_given_split: bool
     skipped: Mapping[str, tuple[str, int]]  # why files were not taken -> the first of them, and how many
+    scanned_ns: int  # when the scan began, before any file was looked at
     given: str = ""  # DATA in its user's words: that of a .csv is not its root
 
     def __post_init__(self) -> None:
@@ -96,12 +97,9 @@ class Manifest:
             **{name: getattr(self, name)[index] for name in arrays},
         )
 
-    def component(self) -> Int64Array:
-        """Return int64 [N]: rows of one group or of equal bytes share a number, that of their first row."""
-        return self._component
-
     @cached_property
-    def _component(self) -> Int64Array:
+    def component(self) -> Int64Array:
+        """int64 [N]: rows of one group or of equal bytes share a number, that of their first row."""
         component = join_groups(self.group, self.digests)
         component.flags.writeable = False  # it is shared
         return component
@@ -109,7 +107,7 @@ class Manifest:
     def rows_digest(self) -> str:
         """Return 64 hex digits that change with any row's content, label, split or group, and with their order."""
         digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        for array in (self.digests, self.labels, self.split, self.component()):
+        for array in (self.digests, self.labels, self.split, self.component):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
@@ -124,17 +122,16 @@ class Manifest:
         return readable
 
 
-def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile], scanned_ns: int) -> Manifest:
+def hash_files(manifest: Manifest, *, known: Mapping[str, KnownFile]) -> Manifest:
     """Return `manifest` with every file's digest, reading those that `known` (a KnownFile by path) cannot vouch for.
 
     A file is taken as known where size, mtime, ctime and inode are as recorded, and it is more than two seconds
-    older than `scanned_ns`, the time in ns just before the scan. A younger file may yet change without a new time
-    stamp: its `mtime_ns` becomes -1 here, so that the record of this scan vouches for nothing. A file that cannot be
-    read joins `unreadable`.
+    older than the scan. A younger file may yet change without a new time stamp: its `mtime_ns` becomes -1 here, so
+    that the record of this scan vouches for nothing. A file that cannot be read joins `unreadable`.
     """
     digests = np.zeros((manifest.n_rows, 32), dtype=np.uint8)
     stat = manifest.stat.copy()
-    stat[stat[:, 1] > scanned_ns - _YOUNG_NS, 1] = _UNTRUSTED_MTIME
+    stat[stat[:, 1] > manifest.scanned_ns - _YOUNG_NS, 1] = _UNTRUSTED_MTIME
     stats = stat.tolist()
     to_read: list[int] = []
     for row, path in enumerate(manifest.paths):
@@ -189,7 +186,7 @@ def split_rows(manifest: Manifest, *, val_fraction: float, split_seed: int) -> M
         return manifest
     labels = np.where(manifest.is_readable(), manifest.labels, -1)
     split = complete_split(
-        manifest.split, labels, manifest.component(), manifest.digests, val_fraction=val_fraction, seed=split_seed
+        manifest.split, labels, manifest.component, manifest.digests, val_fraction=val_fraction, seed=split_seed
     )
     return replace(manifest, split=split)
 
@@ -220,7 +217,7 @@ def check_trainable(manifest: Manifest) -> list[str]:
     return check_classes(
         labels=np.where(manifest.is_readable(), manifest.labels, -1),
         split=manifest.split,
-        component=manifest.component(),
+        component=manifest.component,
         class_names=manifest.class_names,
         where=manifest.shown,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Scan:
     """Rows as they are found; `to_manifest` ends it."""
 
     def __init__(self, name: str, root: str) -> None:
+        self._scanned_ns = time.time_ns()
         self.paths: list[str] = []
         self.unreadable: dict[int, str] = {}
         self._name = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "data"
@@ -128,6 +130,7 @@ class Scan:
             unreadable=self.unreadable,
             has_given_split=has_given_split,
             skipped=self._skipped,
+            scanned_ns=self._scanned_ns,
         )
 
 

@@ -90,6 +90,7 @@ def _not_empty(manifest: Manifest, shown: str) -> Manifest:
 
 
 def _read_folder(root: str) -> Manifest:
+    scan = Scan(os.path.basename(root), root)  # first, as listing may look at files
     folders, files = list_folder(root)
     by_name = {entry.name: entry.path for entry in folders}
     if "train" in by_name and by_name.keys() & {"val", "test"}:
@@ -99,7 +100,6 @@ def _read_folder(root: str) -> Manifest:
             f"{root}: has {', '.join(f'{name}/' for name in by_name)}, but splits are named train/ with val/ or test/ "
             "or both; rename them, or give the one folder that is to be split"
         )
-    scan = Scan(os.path.basename(root), root)
     for name, path in by_name.items():
         scan.add_tree(path, name, label=name, above=frozenset({folder_id(root)}))
     if scan.paths:
