@@ -82,9 +82,9 @@ def test_torchvision__loads_strictly_and_gives_the_probabilities_of_predict(
     with torch.inference_mode():
         logits = network.eval()(_normalised(path, photo)).numpy()
     np.testing.assert_allclose(softmax(logits)[0], _expected(path, photo), atol=1e-6)
-    assert result.agreement.n_images == 4 + 16
-    assert result.agreement.n_other_labels == 0
-    assert 0 <= result.agreement.difference <= 1e-4
+    assert result.checked == 4 + 16
+    assert result.other_labels == 0
+    assert 0 <= result.difference <= 1e-4
     assert result.metadata["network"] == f"torchvision.models.{NETWORKS[kind]}(num_classes=2)"
     sidecar = json.loads((tmp_path / "net.pth.json").read_text())
     assert sidecar == result.metadata
@@ -98,7 +98,7 @@ def test_onnx__is_run_by_onnx_runtime_in_batches_of_any_size(
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     path: Path = request.getfixturevalue(kind)
     result = export(path, format="onnx", out=tmp_path / "net.onnx", check=pets)
-    assert result.agreement.n_images == 20
+    assert result.checked == 20
     assert [item.name for item in tmp_path.iterdir()] == ["net.onnx"]
     graph = onnx.load(tmp_path / "net.onnx")
     onnx.checker.check_model(graph)
@@ -175,8 +175,8 @@ def test_families__agree_in_the_formats_they_have(
         result = export(path, format=name)
         assert result.out == tmp_path / f"head-exported{SUFFIXES[name]}"
         assert result.out.is_file()
-        assert result.agreement.n_images == 4
-        assert result.agreement.difference <= 1e-4
+        assert result.checked == 4
+        assert result.difference <= 1e-4
         assert result.metadata["network"] == call
 
 
@@ -244,7 +244,7 @@ def test_check__lists_what_is_unreadable(
     (data / "c.png").write_text("text")
     result = export(head, out=tmp_path / "net.pth", check=data)
     assert [(item.path, item.reason) for item in result.bad] == [("c.png", "not an image (it starts like text)")]
-    assert result.agreement.n_images == 6
+    assert result.checked == 6
     assert "1 of 3 images are unreadable; the others were compared" in caplog.messages
 
 

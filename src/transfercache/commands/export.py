@@ -26,6 +26,7 @@ from transfercache.images.sources import read_images
 from transfercache.models.exported import SideBySide, classifier_of, pick_format
 from transfercache.models.head_file import Model, load_model
 from transfercache.models.network import checked_engine, load_backbone_of
+from transfercache.plain import fields_of
 from transfercache.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,6 @@ _TOLERANCE_OF_LARGEST = 1e-5
 _EAGER = Choice("eager", "cpu", "fp32")
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far the logits of a file are from tlc's own, over the images that both saw."""
-
-    n_images: int  # the four made ones among them
-    difference: float  # the largest of any logit
-    n_other_labels: int  # images whose most probable class is another one: ties within the difference
-
-
 @dataclass(frozen=True, eq=False)
 class Exported:
     """The file that was written, how its logits agree with tlc's, and what to know of it."""
@@ -58,7 +50,9 @@ class Exported:
     format: str
     out: Path
     metadata: dict[str, str]
-    agreement: Agreement
+    checked: int  # images that both saw, the four made ones among them
+    difference: float  # the largest between any logit and tlc's own
+    other_labels: int  # images whose most probable class is another one: ties within the difference
     notes: tuple[str, ...]
     bad: tuple[BadImage, ...]  # of --check
     data: str | None
@@ -75,26 +69,15 @@ class Exported:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of `tlc export`."""
-        return {
-            "model": str(self.model),
-            "format": self.format,
-            "out": str(self.out),
-            "metadata": self.metadata,
-            "checked": self.agreement.n_images,
-            "difference": self.agreement.difference,
-            "other_labels": self.agreement.n_other_labels,
-            "notes": list(self.notes),
-            "bad": [item.to_json() for item in self.bad],
-        }
+        return fields_of(self, without=("data",))
 
     def render(self) -> RenderableType:
         """Return the same for a terminal."""
         from rich.text import Text
 
-        agreement = self.agreement
         checked = (
-            f"on {agreement.n_images} images its logits are within {agreement.difference:.2g} of tlc's, "
-            f"and {agreement.n_other_labels} labels are others"
+            f"on {self.checked} images its logits are within {self.difference:.2g} of tlc's, "
+            f"and {self.other_labels} labels are others"
         )
         lines = (f"{self.out}: {self.metadata['network']}", checked, f"in: {self.metadata['input']}", *self.notes)
         return Text("\n".join(lines))
@@ -134,7 +117,8 @@ def export(
         chosen.write(classifier, temporary)
         run = chosen.read(temporary, backbone.name, len(loaded.head.class_names))
         both = SideBySide(engine, loaded.head, run)
-        agreement = _compare(_logits(both, loaded, photos, bad), loaded, what=f"{path}: as {format}")
+        logits = _logits(both, loaded, photos, bad)
+        checked, difference, other_labels = _compare(logits, loaded, what=f"{path}: as {format}")
     if not chosen.holds_metadata:
         sidecar = target.with_name(f"{target.name}.json")
         write_atomic(sidecar, json.dumps(classifier.metadata, indent=1).encode())
@@ -145,7 +129,9 @@ def export(
         format=format,
         out=target,
         metadata=classifier.metadata,
-        agreement=agreement,
+        checked=checked,
+        difference=difference,
+        other_labels=other_labels,
         notes=_notes(loaded, has_sidecar=not chosen.holds_metadata, target=target),
         bad=tuple(bad),
         data=None if check is None else str(check),
@@ -193,8 +179,11 @@ def _logits(
                 yield manifest.paths[row], outcome[0]
 
 
-def _compare(images: Iterator[tuple[str, Float32Array]], model: Model, *, what: str) -> Agreement:
-    """Return how far both logits of all images agree; raises ModelError at the first image where they do not."""
+def _compare(images: Iterator[tuple[str, Float32Array]], model: Model, *, what: str) -> tuple[int, float, int]:
+    """Return how many images there are, by how much their logits differ at most, and how many labels are others.
+
+    Raises ModelError at the first image whose logits do not agree.
+    """
     n_images = n_other_labels = 0
     largest = 0.0
     # The logit of a class without training rows is its bias, and the largest of all by far.
@@ -210,4 +199,4 @@ def _compare(images: Iterator[tuple[str, Float32Array]], model: Model, *, what: 
             )
         n_images, largest = n_images + 1, max(largest, difference)
         n_other_labels += int(own.argmax() != exported.argmax())
-    return Agreement(n_images, largest, n_other_labels)
+    return n_images, largest, n_other_labels
