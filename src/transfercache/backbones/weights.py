@@ -151,7 +151,9 @@ def load_state(network: nn.Module, state: Mapping[str, torch.Tensor], *, head_pa
     has_head = bool(in_head) and all(name in state and state[name].shape == own[name].shape for name in in_head)
     given = OrderedDict((name, state[name]) for name in state if has_head or not name.startswith(f"{head_path}."))
     _check_names(own, given, optional=in_head, what=what)
-    _check_finite(given, what=what)
+    for name, tensor in given.items():
+        if not torch.isfinite(tensor).all():
+            raise WeightsError(f"{what}: damaged: {name} is not finite (NaN or infinity); get the file again")
     # Torch reads versions of layers from here; a .safetensors file has none, and the names were just checked.
     given._metadata = own._metadata  # type: ignore[attr-defined]  # where torch keeps it
     network.load_state_dict(given, strict=False)
@@ -171,12 +173,6 @@ def _check_names(
         raise WeightsError(
             f"{what}: weights of another architecture: {'; '.join(parts)}; pass --backbone as it was trained"
         )
-
-
-def _check_finite(given: Mapping[str, torch.Tensor], *, what: str) -> None:
-    for name, tensor in given.items():
-        if not torch.isfinite(tensor).all():
-            raise WeightsError(f"{what}: damaged: {name} is not finite (NaN or infinity); get the file again")
 
 
 def _shortened(names: list[str]) -> str:

@@ -54,7 +54,10 @@ def find(cache_dir: Path, *, data_name: str, data_root: Path, spec: ExtractSpec)
     names = [entry.name for entry in cache_dir.iterdir()] if cache_dir.is_dir() else []
     matches = sorted((int(match[1] or 1), name) for name in names if (match := pattern.fullmatch(name)))
     for folder in (cache_dir / name for _, name in matches):
-        if not is_begun(folder) and _serves(folder, data_root, spec):
+        if is_begun(folder):
+            continue
+        catalogue = read_catalogue(folder)
+        if catalogue.spec == spec and catalogue.data_root == str(data_root):
             return folder
     return None
 
@@ -91,11 +94,6 @@ def _spec_part(spec: ExtractSpec) -> str:
 
 def _name_part(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[:_MAX_NAME_PART]
-
-
-def _serves(folder: Path, data_root: Path, spec: ExtractSpec) -> bool:
-    catalogue = read_catalogue(folder)
-    return catalogue.spec == spec and catalogue.data_root == str(data_root)
 
 
 def is_begun(folder: Path) -> bool:
@@ -301,7 +299,8 @@ class Store:
                 path = self.folder / entry.file
                 # What is no file of ours is refused when it is read, and replaced when the cache is mended.
                 if entry.finished and path.is_file() and not path.is_symlink():
-                    _protect(path)
+                    with opened_plain(path) as descriptor:
+                        os.fchmod(descriptor, _READ_ONLY)
 
     def is_tidy(self) -> bool:
         """Whether no crash has left a file here that the catalogue does not name."""
@@ -321,8 +320,3 @@ def leftovers(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
 def _rows_entry(data: bytes) -> RowsEntry:
     sha256 = sha256_bytes(data)
     return RowsEntry(file=f"rows-{sha256[:8]}.safetensors", sha256=sha256)
-
-
-def _protect(path: Path) -> None:
-    with opened_plain(path) as descriptor:
-        os.fchmod(descriptor, _READ_ONLY)

@@ -163,7 +163,8 @@ def finetune(
         trials, result = _try_and_train(
             manifest, task, options, combinations, checkpoints, on_epoch=on_epoch or ignore, on_line=on_line or ignore
         )
-        good = _without_bad(manifest, result)
+        bad = {path for path, _ in result.bad}
+        good = manifest.subset(np.array([path not in bad for path in manifest.paths]))
         outcome = FinetuneOutcome(
             model=path,
             groups=result.groups,
@@ -276,11 +277,6 @@ def _check_unused(given: Mapping[str, Any], **defaults: object) -> None:
     words = changed_words(**{name: (given[name], default) for name, default in defaults.items()})
     if words:
         raise UsageError(f"{' '.join(words)}: is of cached activations; pass --cached as well, or leave it out")
-
-
-def _without_bad(manifest: Manifest, result: FinetuneResult) -> Manifest:
-    bad = {path for path, _ in result.bad}
-    return manifest.subset(np.array([path not in bad for path in manifest.paths]))
 
 
 def report_finetuned(manifest: Manifest, result: FinetuneResult) -> Report | None:

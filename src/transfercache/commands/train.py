@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,7 +81,9 @@ def train_head(
     """
     check_settings(solver, C=C, class_weight=class_weight, optimizer=optimizer)
     files = {"--suspects": suspects is not None, "--out": out is not None}
-    _check_asked(solver, {"--calibrate": calibrate, "--bundle": bundle, **files})
+    for flag, is_asked in {"--calibrate": calibrate, "--bundle": bundle, **files}.items():
+        if is_asked and solver == KNN:
+            raise UsageError(f"{flag}: {KNN} fits no head; choose another --solver")
     parts = parse_parts(shots, learning_curve=learning_curve, seeds=seeds, repeats=repeats)
     watch = Stopwatch()
     with watch.stage("load"):
@@ -137,12 +139,6 @@ def train_head(
         linear_head=head,
         cache=opened.folder,
     )
-
-
-def _check_asked(solver: str, is_asked: Mapping[str, bool]) -> None:
-    for flag, is_given in is_asked.items():
-        if is_given and solver == KNN:
-            raise UsageError(f"{flag}: {KNN} fits no head; choose another --solver")
 
 
 def _divide(table: FeatureTable, *, tta: bool) -> tuple[FeatureTable, FeatureTable | None]:

@@ -179,18 +179,10 @@ def _finetune(
 
 
 def _outcome(result: FinetuneResult, seconds: Seconds) -> Outcome:
-    return Outcome(
-        probabilities=result.probabilities,
-        seconds=seconds,
-        passes=result.passes,
-        chosen={**result.head.chosen, "by_epoch": _curve(result)},
-    )
-
-
-def _curve(result: FinetuneResult) -> list[dict[str, float]]:
-    return [
+    by_epoch = [
         {"train_loss": r.train_loss, "train_accuracy": r.train_accuracy, "seconds": r.seconds} for r in result.epochs
     ]
+    return Outcome(result.probabilities, seconds, result.passes, {**result.head.chosen, "by_epoch": by_epoch})
 
 
 def tutorial(name: str, *, lr_backbone: float | None) -> Strategy:

@@ -81,17 +81,14 @@ class Embedder:
         row's bits do not depend on which rows an interrupted run had already written. Raises ResourceError where what
         the spec names for decoding is not installed.
         """
+        threads = {"decode": decoding_threads(self.workers), "forward": 1, "write": 1}
         batches = self._decoded_batches(pending, batch_size)
         progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
         with closing(batches), progress as bar:
             for batch in batches:
                 yield self._embed(batch)
-                bar.set_postfix_str(f"limited by {self._bottleneck()}", refresh=False)
+                bar.set_postfix_str(f"limited by {busiest(self.watch.seconds(), threads=threads)}", refresh=False)
                 bar.update(batch.n_views)
-
-    def _bottleneck(self) -> str:
-        threads = {"decode": decoding_threads(self.workers), "forward": 1, "write": 1}
-        return busiest(self.watch.seconds(), threads=threads)
 
     def _embed(self, batch: _DecodedBatch) -> EmbeddedBatch:
         if not batch.views:

@@ -208,12 +208,13 @@ def _shown(
 
 def _capture(run: Run, progress: Progress) -> State:
     trainer = run.trainer
+    of_device = [] if trainer.device.type == "cpu" else [torch.get_device_module(trainer.device).get_rng_state()]
     return {
         "network": trainer.network.state_dict(),
         "averaged": None if trainer.averaged is None else trainer.averaged.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "scaler": trainer.scaler.state_dict(),
-        "generators": [torch.get_rng_state(), *_device_generator(trainer.device)],
+        "generators": [torch.get_rng_state(), *of_device],
         "passes": trainer.passes,
         "bad": dict(run.reader.bad),
         "seconds": run.seconds(),
@@ -238,7 +239,3 @@ def _restore(run: Run, state: State) -> Progress:
     kept: dict[str, Any] = state["progress"]
     sums = [item.to(trainer.device) for item in kept["sums"]]
     return Progress(**{**kept, "sums": sums, "records": [EpochRecord(**record) for record in kept["records"]]})
-
-
-def _device_generator(device: torch.device) -> list[torch.Tensor]:
-    return [] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state()]

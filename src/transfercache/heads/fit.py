@@ -80,7 +80,8 @@ def fit_head(
         blocks=table.blocks,
         targets=targets,
         n_targets=len(classes),
-        row_weights=_row_weights(targets, class_weight) / _views_of_row(table),
+        # An image counts once: its weight is spread over its views.
+        row_weights=_row_weights(targets, class_weight) / np.bincount(table.row)[table.row],
         is_scored=table.view == EVAL_VIEW,
         component=table.group,
         settings=settings,
@@ -138,11 +139,6 @@ def _row_weights(targets: Int64Array, class_weight: str) -> Float64Array:
         return np.ones(len(targets))
     counts = np.bincount(targets)
     return np.asarray((len(targets) / (len(counts) * counts))[targets])
-
-
-def _views_of_row(table: FeatureTable) -> Int64Array:
-    """Return int64 [N]: how many views the row's image has, over which its weight is spread: it counts once."""
-    return np.asarray(np.bincount(table.row)[table.row])
 
 
 def _spread(fitted: Affine, classes: Int64Array, *, n_classes: int) -> tuple[Float32Array, Float32Array]:

@@ -173,16 +173,12 @@ def _figures(reported: Mapping[str, Any] | None, *, tta: bool) -> list[str]:
     ]
 
 
-def _spell(name: str, value: object) -> str:
-    return f"--{name_flag(name)} {name_value(value)}"
-
-
 def _tried(trials: Sequence[Mapping[str, Any]]) -> list[str]:
     if not trials:
         return []
     rows = [
         (
-            "; ".join(f"`{_spell(name, value)}`" for name, value in trial["values"].items()),
+            "; ".join(f"`--{name_flag(name)} {name_value(value)}`" for name, value in trial["values"].items()),
             trial["failure"] or f"{trial['held_out_log_loss']:.4f}",
             _share(trial["held_out_accuracy"]),
             "chosen" if trial["is_chosen"] else "",
