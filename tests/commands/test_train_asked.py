@@ -25,7 +25,7 @@ from transfercache.heads.calibration import fit_temperature
 from transfercache.heads.fit import fit_head
 from transfercache.heads.knn import knn_probabilities
 from transfercache.heads.learning_curve import draw_shots
-from transfercache.heads.out_of_fold import out_of_fold
+from transfercache.heads.select import out_of_fold
 from transfercache.metrics import calibration_error
 from transfercache.models.head_file import load_model
 from transfercache.randomness import derive_rng

@@ -10,7 +10,7 @@ import torch
 
 from transfercache.heads import linear
 from transfercache.heads.fit import fit_head
-from transfercache.heads.minibatches import minibatches
+from transfercache.heads.linear import minibatches
 
 
 def test_linear__lbfgs_ends_at_the_unpenalised_optimum(make_table, overlapping, monkeypatch):

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transfercache.heads import logistic, standardise
-from transfercache.heads import minibatches as module
+from transfercache.heads import linear, logistic, standardise
 from transfercache.heads.fit import fit_head
-from transfercache.heads.minibatches import CHUNK_ROWS, MIN_CHUNKS, minibatches
+from transfercache.heads.linear import CHUNK_ROWS, MIN_CHUNKS, minibatches
 from transfercache.heads.standardise import Standardised
 
 
@@ -42,14 +41,14 @@ def test_linear__class_sorted_rows_from_a_file_are_learnt_as_well_as_in_memory(s
     in_memory = accuracy(fit_head(train, solver="linear"), held_out)
     monkeypatch.setattr(standardise, "MAX_BYTES_IN_MEMORY", 0)
     # 20,000 rows are 79 chunks: one mixture of all. As in a larger file, let it be several of a part of the classes.
-    monkeypatch.setattr(module, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(linear, "CHUNK_ROWS", 50)
     from_file = accuracy(fit_head(train, solver="linear"), held_out)
     assert from_file >= in_memory - 0.005
     assert in_memory > 0.5
 
 
 def test_minibatches__from_a_file_give_each_row_once_from_chunks_all_over_it(sorted_classes, no_memory, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ROWS", 50)
+    monkeypatch.setattr(linear, "CHUNK_ROWS", 50)
     rows = Standardised(sorted_classes[0].blocks, np.float32)
     seen, spread = [], []
     for index, x in minibatches(rows, 40, np.random.default_rng(1)):

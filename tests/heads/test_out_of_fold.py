@@ -7,7 +7,7 @@ import pytest
 
 from transfercache.errors import DataError
 from transfercache.heads.fit import fit_head
-from transfercache.heads.out_of_fold import out_of_fold
+from transfercache.heads.select import out_of_fold
 from transfercache.splits import assign_folds
 
 FIT = partial(fit_head, C=1.0)

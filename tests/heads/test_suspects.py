@@ -11,7 +11,7 @@ from cleanlab.filter import find_label_issues
 from cleanlab.rank import get_label_quality_scores
 
 from transfercache.heads.fit import fit_head
-from transfercache.heads.out_of_fold import out_of_fold
+from transfercache.heads.select import out_of_fold
 from transfercache.heads.suspects import find_suspects, write_suspects
 from transfercache.metrics import softmax
 

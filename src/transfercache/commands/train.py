@@ -22,7 +22,7 @@ from transfercache.errors import UsageError
 from transfercache.files import check_writable
 from transfercache.heads.fit import KNN, check_settings, fit_head, pick_solver
 from transfercache.heads.linear_head import LinearHead
-from transfercache.heads.out_of_fold import OutOfFold
+from transfercache.heads.select import OutOfFold
 from transfercache.heads.suspects import find_suspects, write_suspects
 from transfercache.metrics import Report, softmax
 from transfercache.models.card import CardData, save_card

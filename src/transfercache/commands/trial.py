@@ -18,7 +18,7 @@ from transfercache.heads.fit import KNN
 from transfercache.heads.knn import Neighbours
 from transfercache.heads.learning_curve import FRACTIONS, Draw, Point, draw_share, draw_shots, measure
 from transfercache.heads.linear_head import LinearHead
-from transfercache.heads.out_of_fold import OutOfFold, out_of_fold
+from transfercache.heads.select import OutOfFold, out_of_fold
 from transfercache.metrics import Answers, Report, report_on
 from transfercache.randomness import derive_rng
 from transfercache.splits import Split

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from transfercache.arrays import Float32Array, Int64Array
 from transfercache.cache.blocks import in_order
-from transfercache.heads.minibatches import minibatches
 from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.heads.select import select
 from transfercache.heads.standardise import Standardised
@@ -31,13 +32,16 @@ MAX_STEPS = 2000
 LBFGS_EPOCHS = 40
 #: Where no class can be held out.
 DEFAULT_EPOCHS = 20
+#: Rows that are read from a file at once, and how many such chunks, drawn over the whole file, are mixed.
+CHUNK_ROWS = 256
+MIN_CHUNKS = 64
 
 
 def fit_linear(problem: Problem) -> tuple[Affine, Chosen]:
     """Train from zero weights on standardised features for the number of epochs of lowest mean held-out log loss.
 
     Each fold is trained once and scored after every epoch; then all rows are trained on for the best number. An epoch
-    of `adamw` is a pass in shuffled minibatches (heads/minibatches.py) at a constant rate, so that its curve does not
+    of `adamw` is a pass in shuffled minibatches at a constant rate, so that its curve does not
     depend on where it ends; one of `lbfgs` is an iteration on all rows with a strong Wolfe line search. Bit-identical
     for a seed on one machine.
     """
@@ -155,3 +159,39 @@ def _lbfgs_epochs(layer: _Layer, seed: int) -> Callable[[], None]:
 
 
 _EPOCHS = {"adamw": _adamw_epochs, "lbfgs": _lbfgs_epochs}
+
+
+def minibatches(
+    rows: Standardised, n_batches: int, rng: np.random.Generator
+) -> Iterator[tuple[Int64Array, Float32Array]]:
+    """Yield every row once, in `n_batches` of equal size to within a few rows: indices [B] and rows float32 [B, D].
+
+    In memory all rows are shuffled. Else MIN_CHUNKS or more chunks of CHUNK_ROWS from all over the file are shuffled
+    with each other: folders arrive sorted by class, and shuffling inside one block of such a file trains on one class
+    after another.
+    """
+    n_rows = rows.shape[0]
+    if rows.is_in_memory:
+        # Equal sizes: a last batch of a few rows would be a noisy step.
+        for index in np.array_split(rng.permutation(n_rows), n_batches):
+            yield index, rows.take(index)
+        return
+    starts = rng.permutation(np.arange(0, n_rows, CHUNK_ROWS))
+    mixtures = np.array_split(starts, max(1, len(starts) // MIN_CHUNKS))
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as reader:
+        # The next mixture is read while this one is trained on.
+        ahead = reader.submit(_read_chunks, rows, mixtures[0])
+        for following in [*mixtures[1:], None]:
+            index, x = ahead.result()
+            if following is not None:
+                ahead = reader.submit(_read_chunks, rows, following)
+            n_here = max(1, round(n_batches * len(index) / n_rows))
+            for order in np.array_split(rng.permutation(len(index)), n_here):
+                yield index[order], x[order]
+
+
+def _read_chunks(rows: Standardised, starts: Int64Array) -> tuple[Int64Array, Float32Array]:
+    """Return the row numbers [M] and the rows float32 [M, D] of the chunks that begin at `starts`."""
+    chunks = [(int(start), min(int(start) + CHUNK_ROWS, rows.shape[0])) for start in starts]
+    index = np.concatenate([np.arange(start, stop) for start, stop in chunks])
+    return index, np.concatenate([rows.read(start, stop) for start, stop in chunks])

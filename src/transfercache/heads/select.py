@@ -1,4 +1,7 @@
-"""Cross-validation on the training rows: stratified folds that never divide a component, one loss per setting."""
+"""Cross-validation on the training rows: stratified folds that never divide a component, one loss per setting.
+
+And, in settings already chosen, what heads say of rows that they have not seen.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,19 @@ import numpy as np
 from tqdm import tqdm
 
 from transfercache import config
-from transfercache.arrays import BoolArray, Float64Array, Int64Array
+from transfercache.arrays import BoolArray, Float32Array, Float64Array, Int64Array
 from transfercache.cache.blocks import in_order
+from transfercache.cache.table import EVAL_VIEW, FeatureTable
+from transfercache.errors import DataError
+from transfercache.heads.linear_head import LinearHead
 from transfercache.heads.problem import Affine, Chosen, Problem
 from transfercache.splits import assign_folds
 
 logger = logging.getLogger(__name__)
 
 Setting = TypeVar("Setting")
+#: From rows of a table to a head of them, in settings already chosen.
+Fit = Callable[[FeatureTable], LinearHead]
 
 
 class Fold(NamedTuple):
@@ -108,3 +116,29 @@ def row_losses(logits: Float64Array, targets: Int64Array) -> Float64Array:
     highest = logits.max(axis=1)
     log_total = highest + np.log(np.exp(logits - highest[:, None]).sum(axis=1))
     return np.asarray(log_total - logits[np.arange(len(targets)), targets])
+
+
+class OutOfFold(NamedTuple):
+    """Images of a table that could be held out, in its order, and what a head without them says of each."""
+
+    rows: Int64Array  # [M], indices of the table, view 0
+    logits: Float32Array  # [M, C]
+
+
+def out_of_fold(table: FeatureTable, fit: Fit, *, seed: int) -> OutOfFold:
+    """Fit each fold's training rows, all views, and return the logits of the images held out of it.
+
+    The folds are those of the choice of C by the same seed, where that was on all rows. An image whose component holds
+    all that there is of a class is never held out, nor is one whose fold would lack a class. Raises DataError where
+    that leaves none.
+    """
+    folds = divide_folds(table.labels, table.group, table.view == EVAL_VIEW, seed=seed)
+    if not folds:
+        raise DataError("no class has two images (or groups), one of which could be held out; add images")
+    logits = [
+        fit(table.subset(fold.train)).logits(table.subset(fold.held).features)
+        for fold in tqdm(folds, desc="held out", file=sys.stderr, disable=None, leave=False)
+    ]
+    rows = np.concatenate([fold.held for fold in folds])
+    order = np.argsort(rows)
+    return OutOfFold(rows[order], np.concatenate(logits)[order])
