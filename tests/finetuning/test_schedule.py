@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from transfercache.finetuning.schedule import rate_factor
+from transfercache.finetuning.trainer import rate_factor
 
 
 def test_rate_factor__cosine_falls_from_one_to_zero() -> None:

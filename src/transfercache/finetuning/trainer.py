@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,13 +22,15 @@ from transfercache.finetuning.batches import Batch
 from transfercache.finetuning.folding import fold_norms
 from transfercache.finetuning.groups import ParameterGroup, freeze_stages, optimizer_groups, set_training_modes
 from transfercache.finetuning.options import FinetuneOptions
-from transfercache.finetuning.schedule import rate_factor
 from transfercache.randomness import derive_rng
 
 #: From a network to what of it the inputs go through; its modules are the network's own.
 TakePart = Callable[[nn.Module], nn.Module]
 #: From a batch's inputs on the device, as the reader gave them, to what the network takes: float32 [B, ...].
 Prepare = Callable[[torch.Tensor], torch.Tensor]
+
+# Where the warm-up begins: from nothing, the first step of a short run would be wasted.
+_WARMUP_FROM = 0.1
 
 
 @dataclass
@@ -161,3 +164,16 @@ def _build_optimizer(options: FinetuneOptions, groups: list[dict[str, object]]) 
     if options.optimizer == "adamw":
         return torch.optim.AdamW(groups)
     return torch.optim.SGD(groups, momentum=config.MOMENTUM)
+
+
+def rate_factor(schedule: str, progress: float, *, warmup: float) -> float:
+    """Return what the highest rate is multiplied by when the share `progress` (0 to 1) of the run is done.
+
+    In the share `warmup` of the run it rises linearly (Goyal et al. 2017, section 2.2). After that, cosine: half a
+    period from 1 to 0 without restarts (Loshchilov and Hutter 2017, section 3).
+    """
+    if progress < warmup:
+        return _WARMUP_FROM + (1.0 - _WARMUP_FROM) * progress / warmup
+    if schedule == "constant":
+        return 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * (progress - warmup) / (1.0 - warmup)))
