@@ -15,7 +15,7 @@ from transfercache.cache.provenance import vouch
 from transfercache.cache.store import Store
 from transfercache.errors import CacheError, DecodeError, LockedError, ResourceError
 from transfercache.extract.parity import MIN_COSINE
-from transfercache.images import decoders
+from transfercache.images import decode
 
 NEWER = {"torch": "3.0", "pillow": "12.0"}
 
@@ -154,7 +154,7 @@ def test_image_that_newer_versions_cannot_read__is_no_agreement(four: Any, monke
     def refuse(data: bytes, path: str) -> None:
         raise DecodeError(path, "not read any more")
 
-    monkeypatch.setattr(decoders, "decode_image", refuse)
+    monkeypatch.setattr(decode, "decode_image", refuse)
     with pytest.raises(CacheError, match=r"\(cosine 0\.00000 for cat/"):
         four.run()
 

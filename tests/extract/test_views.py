@@ -14,7 +14,7 @@ import pytest
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.extract.loop import Embedder, PendingView
-from transfercache.images import decoders
+from transfercache.images import decode
 from transfercache.images.decode import decode_image, load_image
 from transfercache.images.manifest import hash_files
 from transfercache.images.sources import read_source
@@ -101,7 +101,7 @@ def test_views__an_image_is_decoded_once_for_those_in_one_batch(
         decoded.append(path)
         return decode_image(data, path)
 
-    monkeypatch.setattr(decoders, "decode_image", counted)
+    monkeypatch.setattr(decode, "decode_image", counted)
     extractor.n_views = 4
     extractor.run()
     assert sorted(decoded) == sorted(open_cache(extractor.folder).table().paths[::4])

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from transfercache.errors import DecodeError, ResourceError
-from transfercache.images.decode import decode_image
-from transfercache.images.decoders import Decoder, pick_decoder
+from transfercache.images.decode import Decoder, decode_image, pick_decoder
 from transfercache.spec import Preprocessing
 
 

@@ -10,8 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from transfercache.errors import DecodeError, ResourceError
-from transfercache.images.decode import decode_image
-from transfercache.images.decoders import pick_decoder
+from transfercache.images.decode import decode_image, pick_decoder
 from transfercache.images.transforms import view_pixels
 from transfercache.spec import Preprocessing
 

@@ -44,7 +44,7 @@ from transfercache.comparison.summary import Entry, LeftOut, Summary
 from transfercache.environment import describe_environment
 from transfercache.errors import UsageError
 from transfercache.files import check_writable, write_atomic
-from transfercache.images.decoders import pick_decoder
+from transfercache.images.decode import pick_decoder
 from transfercache.images.manifest import Manifest, check_trainable
 from transfercache.images.sources import read_source
 from transfercache.report.comparison import html_table, result_line, terminal_table

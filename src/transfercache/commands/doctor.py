@@ -17,7 +17,7 @@ from transfercache.backbones.devices import DEVICES, device_name, pick_device
 from transfercache.commands.inputs import BadImage, cache_root
 from transfercache.environment import describe_environment
 from transfercache.errors import ResourceError, UsageError
-from transfercache.images.decoders import load_fast
+from transfercache.images.decode import load_fast
 from transfercache.plain import fields_of
 from transfercache.spec import DECODERS
 

@@ -40,7 +40,7 @@ from transfercache.environment import describe_environment
 from transfercache.errors import CacheError, DataError, UsageError
 from transfercache.extract.loop import Embedder
 from transfercache.extract.run import ExtractionRun, Outcome
-from transfercache.images.decoders import pick_decoder
+from transfercache.images.decode import pick_decoder
 from transfercache.images.manifest import Manifest, take_part
 from transfercache.images.sources import read_source
 from transfercache.plain import fields_of

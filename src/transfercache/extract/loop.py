@@ -19,8 +19,7 @@ from tqdm import tqdm
 from transfercache.cache.shard import ShardWriter, as_stored
 from transfercache.errors import DecodeError
 from transfercache.images.ahead import decoding_threads, run_ahead
-from transfercache.images.decode import read_image_bytes
-from transfercache.images.decoders import Decoder, pick_decoder
+from transfercache.images.decode import Decoder, pick_decoder, read_image_bytes
 from transfercache.images.manifest import Manifest
 from transfercache.images.transforms import view_pixels
 from transfercache.spec import ExtractSpec

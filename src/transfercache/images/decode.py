@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
-from transfercache.errors import DecodeError
+from transfercache.errors import DecodeError, ResourceError
 from transfercache.images.jpeg import hole_bytes
+from transfercache.images.transforms import Picture
+from transfercache.spec import Preprocessing
+
+#: Takes a file's bytes and the path that errors name; raises DecodeError. Threads may call it.
+Decoder = Callable[[bytes, str], Picture]
 
 #: Where Pillow itself refuses (twice its MAX_IMAGE_PIXELS): 512 MiB as RGB.
 MAX_PIXELS = 178_956_970
@@ -164,3 +170,28 @@ def _what_it_is(data: bytes) -> str:
     if not set(data[:1024]) - set(range(0x20, 0x7F)) - set(b"\t\r\n\f"):
         return "not an image (it starts like text)"
     return "not an image in a format that is read (JPEG, PNG, TIFF, WebP, BMP, GIF, PPM)"
+
+
+def pick_decoder(preprocessing: Preprocessing) -> Decoder:
+    """Return what decodes under `preprocessing.decoder`; raises ResourceError where it cannot be loaded.
+
+    `docs/images.md` says what each of these policies does to the pixels.
+    """
+    if preprocessing.decoder == "pillow":
+        return decode_image
+    if preprocessing.decoder == "draft":
+        return functools.partial(decode_image, least_side=preprocessing.resize)
+    return load_fast()
+
+
+def load_fast() -> Decoder:
+    """Return TorchCodec's decoding; raises ResourceError where that cannot be loaded."""
+    try:
+        from transfercache.images.fast import decode_fast
+    except (ImportError, OSError, RuntimeError) as error:  # the last two: its libraries are of another torch
+        reason = str(error).partition("\n")[0]
+        raise ResourceError(
+            f"images are to be decoded by TorchCodec (--decode fast), which cannot be loaded ({reason}); "
+            "install it: pip install 'transfercache[fast]'"
+        ) from error
+    return decode_fast
