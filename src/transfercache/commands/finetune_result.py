@@ -57,7 +57,7 @@ class FinetuneOutcome:
         """Return the same for a terminal."""
         from rich.console import Group
 
-        from transfercache.report.classes import render_report
+        from transfercache.report.heads import render_report
 
         footer = "\n".join((str(self.model), *map(describe_group, self.groups), self._cost()))
         report = render_report(self.reported, title=f"fine-tuned on {self.n_train} training rows", footer=footer)

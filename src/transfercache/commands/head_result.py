@@ -102,8 +102,7 @@ class HeadResult:
 
     def render(self) -> RenderableType:
         """Return the same for a terminal."""
-        from transfercache.report.classes import render_report
-        from transfercache.report.heads import render_asked
+        from transfercache.report.heads import render_asked, render_report
 
         views = f" in {self.views} views" if self.views > 1 else ""
         title = f"{self.solver} on {self.n_train} training images{views}"
