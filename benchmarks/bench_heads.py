@@ -34,7 +34,7 @@ from transfercache.cache.blocks import ArrayBlocks
 from transfercache.environment import describe_environment
 from transfercache.heads import logistic
 from transfercache.heads.knn import knn_probabilities
-from transfercache.heads.problem import Problem, Settings
+from transfercache.heads.problem import Problem
 from transfercache.heads.select import make_folds
 from transfercache.heads.threads import MIN_SHARED, one_blas_thread
 from transfercache.heads.whitening import Whitening
@@ -66,8 +66,8 @@ def problem(rows: Rows, C: float | None) -> Problem:
     """Return the problem of these rows, each weighing 1."""
     x, y = rows
     n = len(y)
-    settings = Settings(C=C, optimizer="adamw", seed=0)
-    return Problem(ArrayBlocks(x), y, int(y.max()) + 1, np.ones(n), np.ones(n, dtype=bool), np.arange(n), settings)
+    is_scored = np.ones(n, dtype=bool)
+    return Problem(ArrayBlocks(x), y, int(y.max()) + 1, np.ones(n), is_scored, np.arange(n), C, "adamw", 0)
 
 
 def objective(rows: Rows, weight: np.ndarray, bias: np.ndarray, l2: float) -> float:

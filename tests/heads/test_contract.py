@@ -9,7 +9,7 @@ import pytest
 
 from transfercache.cache.blocks import ArrayBlocks
 from transfercache.heads.fit import SOLVERS, pick_solver
-from transfercache.heads.problem import Problem, Settings
+from transfercache.heads.problem import Problem
 from transfercache.heads.softmax_loss import SoftmaxLoss
 from transfercache.heads.standardise import Standardised
 
@@ -33,7 +33,9 @@ def pose(features, targets, *, weights=None, C: float | None = 0.3, component=No
         row_weights=np.ones(n_rows) if weights is None else np.asarray(weights, dtype=np.float64),
         is_scored=np.ones(n_rows, dtype=bool),
         component=np.arange(n_rows) if component is None else np.asarray(component, dtype=np.int64),
-        settings=Settings(C=C, optimizer="lbfgs", seed=0),
+        C=C,
+        optimizer="lbfgs",
+        seed=0,
     )
 
 
@@ -207,7 +209,7 @@ def test_ridge__equals_scikit_learn_on_weighted_rows_and_its_path_each_fold_fitt
     expected = fit(np.arange(300), 10.0)(features)
     np.testing.assert_allclose(affine.logits(features) / chosen["logit_scale"], expected, atol=1e-5)
 
-    problem = replace(problem, settings=replace(problem.settings, C=None))
+    problem = replace(problem, C=None)
     errors = np.zeros(len(ridge.L2_GRID))
     for fold in make_folds(problem):
         for i, l2 in enumerate(ridge.L2_GRID):

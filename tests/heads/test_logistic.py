@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from transfercache.cache.blocks import ArrayBlocks
 from transfercache.heads import logistic
 from transfercache.heads.fit import fit_head
-from transfercache.heads.problem import Problem, Settings
+from transfercache.heads.problem import Problem
 
 
 @pytest.mark.parametrize("solver", ["logistic", "sklearn"])
@@ -87,7 +87,9 @@ def test_logistic__of_many_rows__chooses_c_on_images_with_all_their_views(monkey
         row_weights=np.full(180, 1 / 3),
         is_scored=np.arange(180) % 3 == 0,
         component=image,
-        settings=Settings(C=None, optimizer="adamw", seed=0),
+        C=None,
+        optimizer="adamw",
+        seed=0,
     )
     monkeypatch.setattr(logistic, "MAX_CHOICE_ROWS", 90)
     rows = logistic._rows_to_choose_on(problem)

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 
 from transfercache.cache.blocks import ArrayBlocks
-from transfercache.heads.problem import Affine, Problem, Settings
+from transfercache.heads.problem import Affine, Problem
 from transfercache.heads.select import make_folds, mean_held_out_losses, row_losses, select
 
 
@@ -19,7 +19,9 @@ def make_problem(targets, component=None, *, weights=None, features=None) -> Pro
         row_weights=np.ones(n_rows) if weights is None else weights,
         is_scored=np.ones(n_rows, dtype=bool),
         component=np.arange(n_rows) if component is None else np.asarray(component, dtype=np.int64),
-        settings=Settings(C=None, optimizer="adamw", seed=0),
+        C=None,
+        optimizer="adamw",
+        seed=0,
     )
 
 

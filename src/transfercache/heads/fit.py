@@ -12,7 +12,7 @@ from transfercache.arrays import Float32Array, Float64Array, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import DataError, UsageError, did_you_mean
 from transfercache.heads.linear_head import UNTRAINED_BIAS, LinearHead
-from transfercache.heads.problem import Affine, Problem, Settings, Solver
+from transfercache.heads.problem import Affine, Problem, Solver
 
 #: The solvers that fit a head; `knn` beside them fits nothing (heads/knn.py).
 SOLVERS = ("logistic", "ridge", "linear", "sklearn")
@@ -72,7 +72,7 @@ def fit_head(
     optimizer = config.OPTIMIZER if optimizer is None else optimizer
     _check_word("class-weight", class_weight, get_args(config.ClassWeight))
     _check_word("optimizer", optimizer, get_args(config.Optimizer))
-    settings = Settings(_penalty(config.C if C is None else C), optimizer, seed)
+    penalty = _penalty(config.C if C is None else C)
     table = table.subset(table.labels >= 0)
     classes = _trainable_classes(table)
     targets = np.searchsorted(classes, table.labels).astype(np.int64)
@@ -84,7 +84,9 @@ def fit_head(
         row_weights=_row_weights(targets, class_weight) / np.bincount(table.row)[table.row],
         is_scored=table.view == EVAL_VIEW,
         component=table.group,
-        settings=settings,
+        C=penalty,
+        optimizer=optimizer,
+        seed=seed,
     )
     fitted, chosen = fit(problem)
     weight, bias = _spread(fitted, classes, n_classes=len(table.class_names))

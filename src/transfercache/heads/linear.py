@@ -48,11 +48,11 @@ def fit_linear(problem: Problem) -> tuple[Affine, Chosen]:
     with threads_for(_multiplications(problem)):
         epochs, chosen = _choose_epochs(problem)
         *_, fitted = _train(problem, n_epochs=epochs)
-    return fitted, {"epochs": epochs, "optimizer": problem.settings.optimizer, **chosen, "standardised": True}
+    return fitted, {"epochs": epochs, "optimizer": problem.optimizer, **chosen, "standardised": True}
 
 
 def _choose_epochs(problem: Problem) -> tuple[int, Chosen]:
-    n_epochs = max_epochs(len(problem.targets), problem.settings.optimizer)
+    n_epochs = max_epochs(len(problem.targets), problem.optimizer)
     return select(
         problem,
         lambda fold: _train(fold, n_epochs=n_epochs),
@@ -64,7 +64,7 @@ def _choose_epochs(problem: Problem) -> tuple[int, Chosen]:
 
 def _multiplications(problem: Problem) -> int:
     """Count those of the logits in one step."""
-    n_steps = 1 if problem.settings.optimizer == "lbfgs" else n_batches(len(problem.targets))
+    n_steps = 1 if problem.optimizer == "lbfgs" else n_batches(len(problem.targets))
     return problem.n_multiplications // n_steps
 
 
@@ -126,7 +126,7 @@ def _train(problem: Problem, *, n_epochs: int) -> Iterator[Affine]:
     """Yield the map after each epoch, on raw embeddings."""
     rows = Standardised(problem.blocks, np.float32)
     layer = _Layer(problem, rows)
-    run_epoch = _EPOCHS[problem.settings.optimizer](layer, problem.settings.seed)
+    run_epoch = _EPOCHS[problem.optimizer](layer, problem.seed)
     for _ in range(n_epochs):
         run_epoch()
         yield rows.scale.fold(layer.weight.double().numpy(), layer.bias.double().numpy())

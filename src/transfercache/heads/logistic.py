@@ -59,7 +59,7 @@ _WEIGHTS = slice(None, -1)  # the penalised columns of the parameters [K, D + 1]
 
 
 def fit_logistic(problem: Problem) -> tuple[Affine, Chosen]:
-    """Fit with `settings.C`, or with the C of `C_GRID` of lowest mean held-out log loss.
+    """Fit with `C`, or with the C of `C_GRID` of lowest mean held-out log loss.
 
     Log loss rather than accuracy: among 244 training rows many values of C tie in accuracy and noise breaks the tie.
     On ants and bees (ResNet-18, fold seeds 0 to 4) log loss chose C 0.1 to 1 and 0.953 of val came out right in the
@@ -109,7 +109,7 @@ def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chose
 
     There is no start where C is chosen on a part of the rows: the optimum on a quarter of them is nearer.
     """
-    given = problem.settings.C
+    given = problem.C
     part = _rows_to_choose_on(problem) if given is None else None
     paths: list[list[Affine]] = []
 
@@ -141,7 +141,7 @@ def _rows_to_choose_on(problem: Problem) -> Int64Array | None:
     if n_rows <= MAX_CHOICE_ROWS:
         return None
     _, component = np.unique(problem.component, return_inverse=True)
-    place = derive_rng(problem.settings.seed, "choice").permutation(int(component.max()) + 1)[component]
+    place = derive_rng(problem.seed, "choice").permutation(int(component.max()) + 1)[component]
     by_class = np.lexsort((place, problem.targets))
     counts = np.bincount(problem.targets, minlength=problem.n_targets)
     rank = np.arange(n_rows) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row within its class
@@ -182,7 +182,7 @@ def _begin(descent: _Descent, problem: Problem, l2: float, whitening: Whitening 
             descent.solve(APPROACH**power * l2, gap=APPROACH_GAP)
         return
     # Sorted: rows of a file are then read in order.
-    rows = np.sort(derive_rng(problem.settings.seed, "start").permutation(n_rows)[:n_part])
+    rows = np.sort(derive_rng(problem.seed, "start").permutation(n_rows)[:n_part])
     part = problem.subset(rows)
     earlier = _Descent(part, whitening, scale=descent.scale)
     _begin(earlier, part, l2, whitening)

@@ -16,18 +16,12 @@ from transfercache.cache.blocks import FeatureBlocks
 Chosen = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a user may ask of a solver; each reads its own (`fit.SETTINGS_OF`)."""
-
-    C: float | None  # inverse strength of the l2 penalty, scikit-learn's; None: chosen by cross-validation
-    optimizer: str
-    seed: int
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Labelled rows to fit; each of the K targets has at least one row in the problem that a user poses."""
+    """Labelled rows to fit; each of the K targets has at least one row in the problem that a user poses.
+
+    Of what a user may ask, each solver reads its own (`fit.SETTINGS_OF`).
+    """
 
     blocks: FeatureBlocks  # [N, D], raw embeddings
     targets: Int64Array  # [N], 0..K-1
@@ -37,7 +31,9 @@ class Problem:
         BoolArray  # [N], rows that a held-out loss is taken over: each image once, as the eval transform shows it
     )
     component: Int64Array  # [N], rows that no fold may separate share a number
-    settings: Settings
+    C: float | None  # inverse strength of the l2 penalty, scikit-learn's; None: chosen by cross-validation
+    optimizer: str
+    seed: int
 
     def subset(self, rows: Int64Array) -> Problem:
         """Return the rows with these indices, in that order; no feature is read."""

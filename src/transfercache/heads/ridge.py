@@ -76,7 +76,7 @@ class Moments:
 
 
 def fit_ridge(problem: Problem) -> tuple[Affine, Chosen]:
-    """Fit the squared error with `settings.C`, or with the l2 of `L2_GRID` of lowest mean held-out squared error.
+    """Fit the squared error with `C`, or with the l2 of `L2_GRID` of lowest mean held-out squared error.
 
     C is 1 / (l2 sum_i w_i), so that C = 1 / alpha of scikit-learn's Ridge on standardised features. Logits are the
     regression's values times one number, fitted by the log loss of held-out rows: squared error alone leaves them
@@ -100,8 +100,8 @@ def fit_ridge(problem: Problem) -> tuple[Affine, Chosen]:
 def _choose(problem: Problem, others: list[Moments], held: list[Moments], origin: Float32Array) -> tuple[float, Chosen]:
     """Return l2 and how it was chosen, from what each fold is trained on and its held-out rows that are scored."""
     n = float(problem.row_weights.sum())
-    if problem.settings.C is not None:
-        return 1 / (problem.settings.C * n), {"by": "given"}
+    if problem.C is not None:
+        return 1 / (problem.C * n), {"by": "given"}
     if not held:
         warn_not_chosen("C")
         return DEFAULT_L2, {"by": "default: no class can be held out"}
@@ -113,7 +113,7 @@ def _choose(problem: Problem, others: list[Moments], held: list[Moments], origin
     return L2_GRID[int(np.argmin(errors))], {
         "by": "lowest mean squared error of held-out rows",
         "folds": len(held),
-        "seed": problem.settings.seed,
+        "seed": problem.seed,
         "mean_squared_error": errors.tolist(),
         "grid": [1 / (l2 * n) for l2 in L2_GRID],
     }
@@ -166,7 +166,7 @@ def _logit_scale(
     pairs = [(fold.held, affine) for fold, affine in zip(folds, by_fold, strict=True)]
     pairs = pairs or [(np.flatnonzero(problem.is_scored), fitted)]
     share = min(1.0, MAX_SCALE_LOGITS / problem.n_targets / sum(len(rows) for rows, _ in pairs))
-    rng = derive_rng(problem.settings.seed, "scale")
+    rng = derive_rng(problem.seed, "scale")
     values, targets = [], []
     for rows, affine in pairs:
         chosen = np.sort(rng.permutation(rows)[: math.ceil(share * len(rows))])

@@ -38,7 +38,7 @@ class Fold(NamedTuple):
 
 def make_folds(problem: Problem) -> list[Fold]:
     """Return the folds of a problem; see `divide_folds`."""
-    return divide_folds(problem.targets, problem.component, problem.is_scored, seed=problem.settings.seed)
+    return divide_folds(problem.targets, problem.component, problem.is_scored, seed=problem.seed)
 
 
 def divide_folds(labels: Int64Array, component: Int64Array, is_scored: BoolArray, *, seed: int) -> list[Fold]:
@@ -80,7 +80,7 @@ def select(
     chosen = {
         "by": "lowest mean log loss of held-out rows",
         "folds": len(folds),
-        "seed": problem.settings.seed,
+        "seed": problem.seed,
         "mean_log_loss": losses.tolist(),
     }
     return grid[int(np.argmin(losses))], {**chosen, **(noted or {})}

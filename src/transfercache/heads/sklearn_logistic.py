@@ -24,12 +24,12 @@ MAX_ITERATIONS = 1000
 
 
 def fit_sklearn(problem: Problem) -> tuple[Affine, Chosen]:
-    """Fit standardised features, all in memory, with `settings.C` or the C of `logistic`'s grid that does best.
+    """Fit standardised features, all in memory, with `C` or the C of `logistic`'s grid that does best.
 
     The final fit starts from zero, so that it is scikit-learn's own for this C.
     """
     with threads_for(problem.n_multiplications):
-        given, noted = problem.settings.C, {"grid": list(C_GRID)}
+        given, noted = problem.C, {"grid": list(C_GRID)}
         C, chosen = select(problem, _fit_path, name="C", given=given, grid=C_GRID, default=DEFAULT_C, noted=noted)
         model = _model(C, warm_start=False)
         fitted = _fit(model, *_standardised(problem), problem)

@@ -31,7 +31,7 @@ class Whitening:
         n_rows, dim = problem.blocks.shape
         n_sampled = min(n_rows, ROWS_PER_COLUMN * dim)
         # Sorted: rows of a file are then read in order.
-        chosen = np.sort(derive_rng(problem.settings.seed, "whitening").permutation(n_rows)[:n_sampled])
+        chosen = np.sort(derive_rng(problem.seed, "whitening").permutation(n_rows)[:n_sampled])
         x = Standardised(problem.blocks.take(chosen), np.float32).read(0, n_sampled)
         values, vectors = np.linalg.eigh((x.T @ x).astype(np.float64) / n_sampled)
         # In float32: it says where to look, not where the optimum is.
