@@ -36,11 +36,21 @@ def test_write_atomic__to_a_place_that_cannot_be__is_a_resource_error(tmp_path: 
         (errno.ENOSPC, "the disk is full; free some space and run the same command again"),
         (errno.EDQUOT, "the disk is full; free some space and run the same command again"),
         (errno.EROFS, r"cannot be written \(Read-only file system\); choose another path"),
+        (errno.EFBIG, r"cannot be written \(File too large\); choose another path"),
     ],
 )
 def test_resource_errors__name_the_path_and_the_way_out(tmp_path: Path, number: int, message: str) -> None:
     with pytest.raises(ResourceError, match=f"{tmp_path}: {message}"), resource_errors(tmp_path):
         raise OSError(number, os.strerror(number))
+
+
+def test_resource_errors__as_torch_raises_them(tmp_path: Path) -> None:
+    error = RuntimeError("unexpected pos")
+    error.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ResourceError, match=f"{tmp_path}: the disk is full"), resource_errors(tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="of its own"), resource_errors(tmp_path):
+        raise RuntimeError("of its own")
 
 
 def test_resource_errors__of_what_lies_below__are_left_alone(tmp_path: Path) -> None:

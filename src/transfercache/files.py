@@ -81,10 +81,14 @@ def resource_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals about `path` into a ResourceError with a next step."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as raised:
+        # torch.save raises a RuntimeError of its own over what the system refused.
+        error = raised if isinstance(raised, OSError) else raised.__context__
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ResourceError(f"{path}: the disk is full; free some space and run the same command again") from error
-        if error.errno in _NO_PERMISSION or (error.errno in _WRONG_PLACE and _is_about(error, path)):
+        if error.errno in (*_NO_PERMISSION, errno.EFBIG) or (error.errno in _WRONG_PLACE and _is_about(error, path)):
             raise ResourceError(f"{path}: cannot be written ({error.strerror}); choose another path") from error
         raise
 

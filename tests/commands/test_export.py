@@ -130,6 +130,8 @@ def test_safetensors__has_the_same_tensors_and_the_metadata(head: Path, tmp_path
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+    # Who may read them is the umask's to say.
+    assert result.out.stat().st_mode == (tmp_path / "net.pth").stat().st_mode
     head_of = load_model(head).head
     np.testing.assert_array_equal(found["classifier.3.weight"].numpy(), head_of.weight / np.float32(2.5))
     np.testing.assert_array_equal(found["classifier.3.bias"].numpy(), head_of.bias / np.float32(2.5))

@@ -119,13 +119,15 @@ def pick_format(name: str, *, backbone: str) -> Format:
 
 
 def _write_torchvision(classifier: Classifier, path: Path) -> None:
-    torch.save(classifier.network.state_dict(), path)
+    with open(path, "wb") as file:  # given a path, torch does not say what the system refused
+        torch.save(classifier.network.state_dict(), file)
 
 
 def _write_safetensors(classifier: Classifier, path: Path) -> None:
     # Copies: a file holds no two names of one tensor's memory.
     state = {name: tensor.contiguous().clone() for name, tensor in classifier.network.state_dict().items()}
-    safetensors.torch.save_file(state, path, classifier.metadata)
+    # Not save_file: it makes a file that only its owner may read, and hides what the system refused.
+    path.write_bytes(safetensors.torch.save(state, classifier.metadata))
 
 
 def _write_onnx(classifier: Classifier, path: Path) -> None:
