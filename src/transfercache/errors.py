@@ -7,6 +7,7 @@ TlcError                1  a bug in tlc, unless a subclass says otherwise
     DecodeError            one file is not a readable image
   ArtefactError         4  a file that tlc wrote, or should have: torn, altered, hostile, of another schema
     CacheError             ... of a cache folder
+      DamageError          what is wrong with caches that were proved
     ModelError             ... of a MODEL file
   WeightsError          5  weights: not there, of another architecture, digest wrong
     DownloadError          a download: unreachable, or its digest is wrong
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class TlcError(Exception):
@@ -67,6 +69,14 @@ class ArtefactError(TlcError):
 
 class CacheError(ArtefactError):
     """A cache folder is torn, altered, hostile, of another schema, or not of this data."""
+
+
+class DamageError(CacheError):
+    """Caches were proved and some are damaged; `document` says what of each was proved, in plain JSON."""
+
+    def __init__(self, message: str, *, document: list[dict[str, Any]]) -> None:
+        super().__init__(message)
+        self.document = document
 
 
 class ModelError(ArtefactError):

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from transfercache.cli import options
-from transfercache.cli.output import call, finish_as_asked, run
-from transfercache.errors import UsageError
+from transfercache.cli.output import call, finish_as_asked, print_document, run
+from transfercache.errors import DamageError, UsageError
 from transfercache.text import one_line
 
 _HELP = "Folders, or names under --cache-dir."
@@ -37,7 +37,13 @@ def cache_info(
 
 def verify_cache(caches: AnyCaches = None, cache_dir: options.CacheDir = None, json: options.Json = False) -> int:
     """Prove every byte of every file; each problem is a line on stderr, and the exit code is then 4."""
-    return run("verify_cache", locals())
+    words = locals()
+    try:
+        return run("verify_cache", words)
+    except DamageError as error:
+        if words["json"]:
+            print_document(error.document)
+        raise
 
 
 def prune_caches(

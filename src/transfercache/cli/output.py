@@ -43,7 +43,7 @@ def finish(result: Any, *, as_json: bool, on_bad: str = "fail") -> int:
     Returns the exit code: 3 where images are bad and `on_bad` is fail, else 0.
     """
     if as_json:
-        print(json.dumps(result.to_json(), allow_nan=False))
+        print_document(result.to_json())
     else:
         from rich.console import Console
 
@@ -55,6 +55,11 @@ def finish(result: Any, *, as_json: bool, on_bad: str = "fail") -> int:
         print(f"tlc: and {len(result.bad) - len(shown)} more unreadable images, in the document", file=sys.stderr)
     print(f"next: {one_line(shlex.join(result.next_command))}", file=sys.stderr)
     return DataError.exit_code if result.bad and on_bad == "fail" else 0
+
+
+def print_document(document: Any) -> None:
+    """Print the JSON document of a command on stdout."""
+    print(json.dumps(document, allow_nan=False))
 
 
 def show_line(line: str) -> None:

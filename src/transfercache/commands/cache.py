@@ -16,7 +16,7 @@ from transfercache.cache.rows import OK
 from transfercache.cache.upkeep import Freed, days_since_change, prune, remove
 from transfercache.cache.verify import Verification, verify_folder
 from transfercache.commands.inputs import BadImage, cache_root, changed_words
-from transfercache.errors import CacheError, LockedError, ResourceError
+from transfercache.errors import CacheError, DamageError, LockedError, ResourceError
 from transfercache.plain import plain
 from transfercache.report.caches import render_info, render_rows, show_bytes
 from transfercache.splits import SPLIT_NAMES
@@ -84,20 +84,21 @@ def verify_cache(
 ) -> CacheResult[tuple[Verification, ...]]:
     """Prove every byte of every file of these caches (None: of all under `cache_dir`); see cache/verify.py.
 
-    Raises CacheError where anything is wrong, after all of it has been logged.
+    Raises DamageError, a CacheError, where anything is wrong, after all of it has been logged.
     """
     root = cache_root(cache_dir)
     found = tuple(verify_folder(folder) for folder in _folders(caches, root))
+    document = plain(found)
     for problem in (line for item in found for line in item.problems):
         logger.error("%s", problem)
     torn = [item.cache for item in found if item.problems]
     if torn:
         n_problems = sum(len(item.problems) for item in found)
-        raise CacheError(
+        raise DamageError(
             f"{n_problems} problems in {len(torn)} of {len(found)} caches; mend such a one as its lines say, or remove "
-            f"it with tlc cache remove {torn[0]}, and make it anew with tlc extract-features"
+            f"it with tlc cache remove {torn[0]}, and make it anew with tlc extract-features",
+            document=document,
         )
-    document = plain(found)
     return CacheResult(
         value=found,
         document=document,
