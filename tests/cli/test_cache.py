@@ -219,6 +219,16 @@ def test_verify__names_all_that_is_wrong_in_all(tlc: Run, cache: Path) -> None:
         )
 
 
+def test_verify__what_cannot_be_removed__is_not_said_to_be(tlc: Run, made: Path, tmp_path: Path) -> None:
+    ended = tlc("cache", "verify", "absent", made / "pets")
+    assert ended.code == 4
+    assert sorted(ended.err.splitlines()) == [
+        f"tlc: {made}/pets: not a cache folder; make one with: tlc extract-features DATA",
+        "tlc: 2 problems in 2 of 2 caches; mend such a one as its lines say",
+        "tlc: absent: cannot be listed (No such file or directory); look at its path and permissions",
+    ]
+
+
 # --- prune
 
 

@@ -86,7 +86,7 @@ def remove(folder: Path, *, dry_run: bool) -> Freed:
 
     Raises CacheError where it is no cache folder, LockedError where it is being written, and ResourceError.
     """
-    if not _is_removable(folder):
+    if not is_removable(folder):
         raise CacheError(
             f"{folder}: not a cache folder, or a link to one, so nothing in it is removed; see: tlc cache list"
         )
@@ -107,7 +107,7 @@ def days_since_change(folder: Path) -> float:
     return (time.time() - path.lstat().st_mtime) / _DAY_SECONDS if os.path.lexists(path) else 0.0
 
 
-def _is_removable(folder: Path) -> bool:
+def is_removable(folder: Path) -> bool:
     """Whether tlc made this folder: its tag or the beginning of its catalogue says so, or all but its name is gone."""
     if folder.is_symlink() or not folder.is_dir():
         return False

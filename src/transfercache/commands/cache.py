@@ -13,7 +13,7 @@ import numpy as np
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.contents import Contents, Summary, cache_folders, read_contents
 from transfercache.cache.rows import OK
-from transfercache.cache.upkeep import Freed, days_since_change, prune, remove
+from transfercache.cache.upkeep import Freed, days_since_change, is_removable, prune, remove
 from transfercache.cache.verify import Verification, verify_folder
 from transfercache.commands.inputs import BadImage, cache_root, changed_words
 from transfercache.errors import CacheError, DamageError, LockedError, ResourceError
@@ -94,9 +94,11 @@ def verify_cache(
     torn = [item.cache for item in found if item.problems]
     if torn:
         n_problems = sum(len(item.problems) for item in found)
+        removable = next(filter(is_removable, torn), None)
+        anew = f", or remove it with tlc cache remove {removable}, and make it anew with tlc extract-features"
         raise DamageError(
-            f"{n_problems} problems in {len(torn)} of {len(found)} caches; mend such a one as its lines say, or remove "
-            f"it with tlc cache remove {torn[0]}, and make it anew with tlc extract-features",
+            f"{n_problems} problems in {len(torn)} of {len(found)} caches; mend such a one as its lines say"
+            f"{anew if removable else ''}",
             document=document,
         )
     return CacheResult(
