@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,3 +52,25 @@ def test_export__is_refused_and_an_older_file_stays(tlc: Run, made: Path, tmp_pa
         "tlc: net: cannot be written (File too large); choose another path\n",
     )
     assert [path.read_text() for path in tmp_path.iterdir()] == ["older"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux alone has a disk that is always full")
+@pytest.mark.parametrize("words", ["cache list", "cache list --json", "doctor --json", "--help"])
+def test_stdout__is_refused_in_one_line(tmp_path: Path, words: str) -> None:
+    def ended(redirection: str, unbuffered: str) -> subprocess.CompletedProcess[str]:
+        code = "from transfercache.cli.main import run; run()"
+        return subprocess.run(
+            ["bash", "-c", f'"$PYTHON" -c "{code}" {words} {redirection}'],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable, "PYTHONUNBUFFERED": unbuffered},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+
+    reason = "the output or a temporary file cannot be written (No space left on device)"
+    for unbuffered in ("", "1"):
+        done = ended(">/dev/full", unbuffered)
+        lines = [line for line in done.stderr.splitlines() if not line.startswith("next: ")]
+        assert (done.returncode, lines) == (6, [f"tlc: {reason}; free some space and run the same command again"])
+    assert ended(">/dev/full 2>&1", "").returncode == 6

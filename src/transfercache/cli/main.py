@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -32,6 +34,8 @@ _KEPT = {
     ),
     "finetune": "; its checkpoints are kept, and the same command with --resume goes on from the last one",
 }
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="tlc",
@@ -73,8 +77,8 @@ def run() -> NoReturn:
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:  # a shell's >&- leaves none
                 stream.flush()
-    except BrokenPipeError:
-        code = _leave_quietly()
+    except OSError as error:
+        code = _leave(error)
     sys.exit(code)
 
 
@@ -110,6 +114,8 @@ def _report(error: BaseException, *, kept: str, is_debug: bool) -> int:
     pipe = error if isinstance(error, BrokenPipeError) else error.__context__
     if isinstance(pipe, BrokenPipeError):
         raise pipe
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:  # stdout: files that stay have an error of their own
+        raise error
     if is_debug:
         traceback.print_exception(error)
     if isinstance(error, SystemExit):
@@ -140,9 +146,14 @@ def _say(message: str) -> None:
     print(f"tlc: {one_line(message)}", file=sys.stderr)
 
 
-def _leave_quietly() -> int:
-    """The reader of our output has gone: nothing is left to say and nowhere to say it."""
+def _leave(error: OSError) -> int:
+    """Leave where our output takes no more: its disk is full, or its reader has gone, and there is nothing to say."""
+    is_pipe = isinstance(error, BrokenPipeError)
+    if not is_pipe:
+        with suppress(OSError):  # stderr may be on that disk too
+            what = f"the output or a temporary file cannot be written ({error.strerror})"
+            _say(f"{what}; free some space and run the same command again")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # what is still buffered would fail again when Python ends
         os.dup2(nowhere, descriptor)
-    return 141  # as a shell reports SIGPIPE
+    return 141 if is_pipe else ResourceError.exit_code  # 141: as a shell reports SIGPIPE
