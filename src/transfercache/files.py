@@ -72,6 +72,20 @@ def check_writable(path: Path) -> None:
         probe.unlink()
 
 
+def check_readable(path: Path) -> None:
+    """Prove that `path` can be read: torch and safetensors take what the system refuses for damaged or not there.
+
+    Raises ResourceError naming `path` and what the system says.
+    """
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.read(1)
+    except OSError as error:
+        raise ResourceError(
+            f"{path}: cannot be read ({error.strerror}); change its permissions, or get the file again"
+        ) from error
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 

@@ -550,6 +550,32 @@ def test_doctor__says_that_a_folder_may_not_be_searched(
     assert f"caches: {closed}/cache (cannot be written)\n" in ended.out
 
 
+# --- files that cannot be read
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux alone has a file that even root cannot read")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("extract-features", "pets", "--weights={}.pth"),
+        ("extract-features", "pets", "--weights={}.safetensors"),
+        ("predict", "{}", "pets"),
+        ("export", "{}"),
+        ("finetune", "pets", "--weights=random", "--init-head={}"),
+    ],
+)
+def test_file_that_cannot_be_read__is_not_said_to_be_damaged(
+    tlc: Run, made: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    shutil.copytree(made / "pets", tmp_path / "pets")
+    for suffix in ("", ".pth", ".safetensors"):
+        (tmp_path / f"file{suffix}").symlink_to("/proc/self/mem")
+    line = _refused(tlc, *(word.format(tmp_path / "file") for word in words), code=6)
+    named = next(word for word in words if "{}" in word).rpartition("=")[2].format(tmp_path / "file")
+    reason = "cannot be read (Input/output error); change its permissions, or get the file again"
+    assert line == f"tlc: {named}: {reason}"
+
+
 # --- words that the command line's types do not catch
 
 

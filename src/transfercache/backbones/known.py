@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from transfercache.backbones.available import DEFAULT, RANDOM
 from transfercache.environment import installed_versions, tlc_folder
 from transfercache.errors import ResourceError, WeightsError
-from transfercache.files import sha256_file, write_atomic
+from transfercache.files import check_readable, sha256_file, write_atomic
 from transfercache.spec import POOLED, ExtractSpec, Preprocessing
 from transfercache.strict_json import parse, take
 from transfercache.version import __version__
@@ -90,9 +90,12 @@ def find_backbone(name: str, *, weights: str = DEFAULT, expected_digest: str | N
 
 
 def _given_file(weights: str) -> Path | None:
-    """Return the file that the user names, where it can be hashed; what is amiss with it is for the loader to say."""
+    """Return the file that the user names, where there is one; that there is none is for the loader to say."""
     path = Path(weights).expanduser().absolute()
-    return path if weights not in (DEFAULT, RANDOM) and path.is_file() and os.access(path, os.R_OK) else None
+    if weights in (DEFAULT, RANDOM) or not path.is_file():
+        return None
+    check_readable(path)
+    return path
 
 
 def _record_path(name: str, weights: str) -> Path:

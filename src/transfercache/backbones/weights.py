@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from transfercache.errors import WeightsError
+from transfercache.files import check_readable
 
 # What training scripts wrap a state_dict in.
 _WRAPPERS = ("state_dict", "model")
@@ -92,10 +93,12 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     """Read a .safetensors file, or a .pth that holds tensors alone, as name -> tensor on the CPU.
 
     A state_dict wrapped as {"state_dict": ...} or {"model": ...} and DataParallel's prefix "module." are undone.
-    Raises WeightsError where the file is missing, would run code when loaded, or holds no state_dict.
+    Raises WeightsError where the file is missing, would run code when loaded, or holds no state_dict, ResourceError
+    where it cannot be read.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; --weights takes DEFAULT, random, or a .pth or .safetensors file")
+    check_readable(path)
     state = _unwrapped(_read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path))
     if not _is_state_dict(state):
         raise WeightsError(f"{path}: holds no state_dict (name -> tensor); save model.state_dict() and pass that file")

@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from transfercache.arrays import Float32Array
 from transfercache.errors import ModelError
-from transfercache.files import check_writable, write_atomic
+from transfercache.files import check_readable, check_writable, write_atomic
 from transfercache.heads.linear_head import LinearHead
 from transfercache.spec import ExtractSpec
 from transfercache.strict_json import each, parse, take
@@ -94,9 +94,10 @@ def save_model(model: Model, path: Path) -> None:
 
 
 def load_model(path: Path) -> Model:
-    """Read and validate a MODEL; raises ModelError naming the file and what is wrong with it."""
+    """Read and validate a MODEL; raises ModelError naming the file and what is wrong with it, or ResourceError."""
     if not path.is_file():
         raise ModelError(f"{path}: no such model file; train-head and finetune write one (--out)")
+    check_readable(path)
     try:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
