@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,6 +70,27 @@ def test_words_that_are_off__are_named_in_one_line(tlc: Run, words: tuple[str, .
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith(line)
     assert ended.err.count("\n") == 1
+
+
+def test_paths__are_left_to_the_commands_to_read(
+    tlc: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may read everything, so that reading is refused here as it is to others."""
+    shutil.copy(made / "head.safetensors", tmp_path / "mine")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for code, *words in (
+        (2, "predict", "mine", "none", "--out=mine"),  # which is no .csv
+        (2, "export", "mine", "--out=mine"),  # the MODEL itself
+        (3, "train-head", "none", "--labels=mine", "--suspects=mine", "--out=mine", "--cache-dir=mine"),
+        (3, "compare", "none", "--weights=random", "--results=mine"),
+        (3, "finetune", "none", "--weights=random", "--init-head=mine"),
+        (4, "cache", "info", "mine"),
+        (4, "cache", "verify", "mine"),
+        (4, "cache", "remove", "mine"),
+    ):
+        ended = tlc(*words)
+        assert ended.code == code, words
+        assert "is not readable" not in ended.err
 
 
 def test_option_that_is_off__gets_the_close_ones(tlc: Run) -> None:

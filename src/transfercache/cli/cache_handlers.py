@@ -15,8 +15,10 @@ from transfercache.errors import DamageError, UsageError
 from transfercache.text import one_line
 
 _HELP = "Folders, or names under --cache-dir."
-Caches = Annotated[list[Path], typer.Argument(metavar="CACHE", help=_HELP)]
-AnyCaches = Annotated[list[Path] | None, typer.Argument(metavar="CACHE", help=_HELP, show_default="all of them")]
+Caches = Annotated[list[Path], typer.Argument(readable=False, metavar="CACHE", help=_HELP)]
+AnyCaches = Annotated[
+    list[Path] | None, typer.Argument(readable=False, metavar="CACHE", help=_HELP, show_default="all of them")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be freed.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
@@ -27,7 +29,9 @@ def list_caches(cache_dir: options.CacheDir = None, json: options.Json = False) 
 
 
 def cache_info(
-    cache: Annotated[Path, typer.Argument(metavar="CACHE", help="A folder, or a name under --cache-dir.")],
+    cache: Annotated[
+        Path, typer.Argument(readable=False, metavar="CACHE", help="A folder, or a name under --cache-dir.")
+    ],
     cache_dir: options.CacheDir = None,
     json: options.Json = False,
 ) -> int:

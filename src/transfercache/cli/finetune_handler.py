@@ -26,6 +26,7 @@ def finetune(
     init_head: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="MODEL",
             help="Start from a head that train-head made of this data and backbone, not from a new one.",
             show_default=False,

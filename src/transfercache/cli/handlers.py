@@ -93,6 +93,7 @@ def train_head(
     suspects: Annotated[
         Path | None,
         typer.Option(
+            readable=False,
             metavar="FILE.csv",
             help="Write the training labels there, the most suspicious first; edited, it fits --labels.",
             show_default=False,
@@ -165,7 +166,9 @@ def compare(
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option(metavar="PATH.json", help="Write the JSON document there as well.", show_default=False),
+        typer.Option(
+            readable=False, metavar="PATH.json", help="Write the JSON document there as well.", show_default=False
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Repeat what an earlier run has kept.")] = False,
     json: options.Json = False,
@@ -176,7 +179,8 @@ def compare(
 
 def predict(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="What train-head or finetune wrote.", show_default=False)
+        Path,
+        typer.Argument(readable=False, metavar="MODEL", help="What train-head or finetune wrote.", show_default=False),
     ],
     inputs: Annotated[
         list[str],
@@ -195,7 +199,10 @@ def predict(
     cache_dir: options.CacheDir = None,
     on_bad: options.OnBad = config.ON_BAD,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv|.jsonl", help="Stream the predictions there.", show_default=False)
+        Path | None,
+        typer.Option(
+            readable=False, metavar="FILE.csv|.jsonl", help="Stream the predictions there.", show_default=False
+        ),
     ] = None,
     json: options.Json = False,
 ) -> int:
@@ -205,14 +212,16 @@ def predict(
 
 def export(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="What train-head or finetune wrote.", show_default=False)
+        Path,
+        typer.Argument(readable=False, metavar="MODEL", help="What train-head or finetune wrote.", show_default=False),
     ],
     format: Annotated[
         config.ExportFormat,
         typer.Option(help="torchvision: a state_dict (.pth), tensors alone. onnx needs the extra onnx."),
     ] = config.EXPORT_FORMAT,
     out: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Where it is written.", show_default="beside the MODEL")
+        Path | None,
+        typer.Option(readable=False, metavar="PATH", help="Where it is written.", show_default="beside the MODEL"),
     ] = None,
     weights: Annotated[
         str | None,

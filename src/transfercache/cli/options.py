@@ -1,4 +1,7 @@
-"""The options that several commands share, each described once."""
+"""The options that several commands share, each described once.
+
+No path is `readable`, here or in the handlers: typer would refuse with 2 what tlc's own errors say better.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,7 @@ Workers = Annotated[
 CacheDir = Annotated[
     Path | None,
     typer.Option(
+        readable=False,
         envvar=config.CACHE_DIR_VARIABLE,
         help="Where caches live.",
         show_default=config.CACHE_DIR,
@@ -104,7 +108,11 @@ CacheDir = Annotated[
 Labels = Annotated[
     Path | None,
     typer.Option(
-        metavar="FIXES.csv", help="path,label: replaces labels, by path.", show_default=False, rich_help_panel="Data"
+        readable=False,
+        metavar="FIXES.csv",
+        help="path,label: replaces labels, by path.",
+        show_default=False,
+        rich_help_panel="Data",
     ),
 ]
 ValFraction = Annotated[
@@ -138,5 +146,5 @@ Seed = Annotated[int, typer.Option(help="Seeds folds, order and augmentation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Where the MODEL is written.", show_default=f"under {config.MODELS_DIR}"),
+    typer.Option(readable=False, help="Where the MODEL is written.", show_default=f"under {config.MODELS_DIR}"),
 ]
