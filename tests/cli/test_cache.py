@@ -323,10 +323,11 @@ def test_remove__asks_first(tlc: Run, cache: Path, monkeypatch: pytest.MonkeyPat
         r"pass --yes\n",
         ended.err,
     )
-    monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
-    ended = tlc("cache", "remove", cache)
-    assert (ended.code, ended.out) == (130, "")
-    assert f"removing {cache}? [y/N]" in ended.err
+    for words, out in (((), ""), (("--json",), "[]\n")):
+        monkeypatch.setattr(sys, "stdin", _Terminal("n\n"))
+        ended = tlc("cache", "remove", cache, *words)
+        assert (ended.code, ended.out) == (0, out)
+        assert ended.err.endswith(f", removing {cache}? [y/N] tlc: nothing was removed\n")
     assert cache.is_dir()
     monkeypatch.setattr(sys, "stdin", _Terminal("y\n"))
     ended = tlc("cache", "remove", cache, "--json")

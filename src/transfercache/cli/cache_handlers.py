@@ -90,19 +90,21 @@ def _free(name: str, words: dict[str, Any]) -> int:
     is_agreed = words.pop("yes")
     result = call(name, {**words, "dry_run": True})
     if not words["dry_run"]:
-        if result.question and not is_agreed:
-            _ask(result.question)
+        if result.question and not is_agreed and not _is_agreed(result.question):
+            print("tlc: nothing was removed", file=sys.stderr)
+            if words["json"]:
+                print_document([])
+            return 0
         result = call(name, words)
     return finish_as_asked(result, words)
 
 
-def _ask(question: str) -> None:
+def _is_agreed(question: str) -> bool:
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(f"{question} Nobody is there to answer: look with --dry-run, then pass --yes")
     # typer's own prompt ends on stdout, which is for the result alone.
     print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise typer.Abort
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def register(app: typer.Typer) -> None:
