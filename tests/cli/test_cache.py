@@ -114,6 +114,14 @@ def test_list__no_cache(tlc: Run) -> None:
     assert json.loads(tlc("cache", "list", "--json").out) == []
 
 
+@pytest.mark.parametrize("command", ["list", "verify", "prune"])
+def test_list_and_others__where_the_cache_dir_is_a_file(tlc: Run, tmp_path: Path, command: str) -> None:
+    (tmp_path / "taken").touch()
+    ended = tlc("cache", command, "--cache-dir=taken")
+    assert (ended.code, ended.out) == (6, "")
+    assert ended.err == "tlc: taken: cannot be listed (Not a directory); look at its path and permissions\n"
+
+
 def test_info__in_json(tlc: Run, half_used: Path) -> None:
     document = json.loads(tlc("cache", "info", half_used, "--json").out)
     assert (document["images"], document["views"], document["bad"]) == (6, 1, 0)

@@ -116,8 +116,11 @@ class Contents:
 
 
 def cache_folders(root: Path) -> list[Path]:
-    """Return the folders under `root` that are or were caches, sorted by name."""
-    found = [Path(entry.path) for entry in _entries(root)] if root.is_dir() else []
+    """Return the folders under `root` that are or were caches, sorted by name: none where there is no `root`.
+
+    Raises ResourceError where it cannot be listed, or is a file.
+    """
+    found = [Path(entry.path) for entry in _entries(root)] if root.exists() else []
     return [folder for folder in found if folder.is_dir() and (os.path.lexists(folder / FILE_NAME) or has_tag(folder))]
 
 
