@@ -138,8 +138,8 @@ def test_second_writer__is_told_that_another_is_at_work(
         (
             signal.SIGTERM,
             143,
-            "tlc: told to end (SIGTERM); its checkpoints are kept, and the same command with --resume goes on from the "
-            "last one",
+            "tlc: told to end (SIGTERM); its checkpoints, if any, are kept, and the same command with --resume goes on "
+            "from the last one",
         ),
     ],
     ids=["SIGKILL", "SIGTERM"],

@@ -142,7 +142,7 @@ def test_unexpected_error__has_its_code_and_line(
 
 
 KEPT = "; what was computed is kept, and the same command goes on from there"
-CHECKPOINTS_KEPT = "; its checkpoints are kept, and the same command with --resume goes on from the last one"
+CHECKPOINTS_KEPT = "; its checkpoints, if any, are kept, and the same command with --resume goes on from the last one"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ _KEPT = {
         ("extract-features", "compare", "demo"),
         "; what was computed is kept, and the same command goes on from there",
     ),
-    "finetune": "; its checkpoints are kept, and the same command with --resume goes on from the last one",
+    "finetune": "; its checkpoints, if any, are kept, and the same command with --resume goes on from the last one",
 }
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
