@@ -22,8 +22,8 @@ from transfercache.version import __version__
 
 EPILOG = (
     "Exit codes: 0 done, 1 a bug in tlc, 2 the command's words, 3 the data, 4 a cache or model file, 5 weights or a "
-    "download, 6 a resource (disk, permission, device, memory, another writer), 130 and 143 interrupted: "
-    "extract-features, compare and demo keep what was computed, finetune its checkpoints."
+    "download, 6 a resource (disk, permission, device, memory, another writer), 141 a closed pipe, 130 and 143 "
+    "interrupted: extract-features, compare and demo keep what was computed, finetune its checkpoints."
 )
 
 #: What an interrupted command keeps, where there is anything to say about it.
