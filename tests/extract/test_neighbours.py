@@ -15,7 +15,7 @@ import pytest
 from transfercache.cache.catalogue import read_catalogue
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
-from transfercache.cache.upkeep import prune
+from transfercache.cache.upkeep import prune, remove
 
 Draw = Callable[[Path, int], None]
 
@@ -108,6 +108,17 @@ def test_neighbour_that_is_damaged__is_named_and_its_rows_are_computed(
     expected = type(extractor)(photos, tmp_path / "undisturbed")
     expected.run()
     assert all(np.array_equal(row, copied.features()[path]) for path, row in expected.features().items())
+
+
+def test_folder_that_a_removal_left__is_no_neighbour(
+    extractor: Any, beside: Any, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extractor.run()
+    (extractor.folder / "mine.txt").touch()
+    remove(extractor.folder, dry_run=False)
+    assert extractor.folder.is_dir()
+    assert beside(Path(shutil.copytree(photos, tmp_path / "copied"))).run().computed == 10
+    assert caplog.messages == []
 
 
 def test_cost__comes_with_the_rows(extractor: Any, beside: Any, photos: Path, tmp_path: Path) -> None:

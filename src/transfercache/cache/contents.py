@@ -121,7 +121,12 @@ def cache_folders(root: Path) -> list[Path]:
     Raises ResourceError where it cannot be listed, or is a file.
     """
     found = [Path(entry.path) for entry in _entries(root)] if root.exists() else []
-    return [folder for folder in found if folder.is_dir() and (os.path.lexists(folder / FILE_NAME) or has_tag(folder))]
+    return [folder for folder in found if folder.is_dir() and is_cache(folder)]
+
+
+def is_cache(folder: Path) -> bool:
+    """Whether a folder is or was a cache: it has a catalogue, or tlc's tag."""
+    return os.path.lexists(folder / FILE_NAME) or has_tag(folder)
 
 
 def read_contents(folder: Path) -> Contents:

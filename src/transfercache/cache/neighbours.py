@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from transfercache.cache.catalogue import Catalogue, read_catalogue
+from transfercache.cache.contents import is_cache
 from transfercache.cache.provenance import Run
 from transfercache.cache.slots import RowKey, Slots, read_slots
 from transfercache.cache.store import folder_pattern
@@ -59,7 +60,7 @@ def find_neighbours(
     for other in sorted(cache_dir.glob(folder_pattern(spec))):
         if not missing:
             return
-        if other == beside:
+        if other == beside or not is_cache(other):  # what is left of a removed one holds files of others
             continue
         try:
             catalogue = read_catalogue(other)
