@@ -55,9 +55,10 @@ def check_space(
     free = shutil.disk_usage(next(place for place in (root, *root.parents) if place.is_dir())).free
     figure = f"{spec.boundary}: {n_rows:,} rows of {show_bytes(needed / n_rows)}, {show_bytes(needed)} in all"
     if needed > limit:
+        later = "" if spec.boundary == POOLED else ", or cut the network after a later stage"
         raise UsageError(
             f"{figure}, more than --max-bytes {show_bytes(limit)}; pass --max-bytes {-(-needed // 10**9)}GB, or fewer "
-            "--views, or cut the network after a later stage"
+            f"--views{later}"
         )
     if needed > free:
         raise ResourceError(
