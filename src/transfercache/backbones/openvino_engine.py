@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
@@ -61,6 +62,17 @@ class OpenvinoEngine:
         return features
 
 
+@functools.cache
+def _core() -> Any:
+    """Return OpenVINO's runtime, one for the process.
+
+    On a processor with AMX each sets a stack for signal handlers, and puts back what was there before when it goes. Of
+    two that do not go in the reverse order of their coming, the last puts back memory that the first has given up, and
+    the next signal, Ctrl-C's among them, ends the process.
+    """
+    return ov.Core()
+
+
 def _compile(network: Any, shape: tuple[int, ...], *, precision: str) -> Any:
     """Compile for one shape [B, H, W, 3]: fixed shapes run faster than open ones."""
     fixed = network.clone()
@@ -71,7 +83,7 @@ def _compile(network: Any, shape: tuple[int, ...], *, precision: str) -> Any:
         "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,  # decoding shares the cores: a pinned thread would wait for it
     }
-    return ov.Core().compile_model(fixed, "CPU", properties)
+    return _core().compile_model(fixed, "CPU", properties)
 
 
 def _open_network(backbone: FrozenBackbone) -> Any:
@@ -126,7 +138,7 @@ def _save(converted: Any, folder: Path, backbone: Backbone, identity: dict[str, 
 
 
 def _read(folder: Path) -> Any:
-    return ov.Core().read_model(folder / _GRAPH)
+    return _core().read_model(folder / _GRAPH)
 
 
 def _check_conversion(network: Any, backbone: Backbone) -> None:
