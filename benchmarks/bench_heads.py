@@ -1,7 +1,10 @@
 """`logistic` against scikit-learn on the same standardised rows: one fit at equal objective, its path, and the choice.
 
-Run: .venv/bin/python benchmarks/bench_heads.py [--cases 244x2,4000x30,50000x100] [--repeats 3] [--real FILE.npz]
-Prints JSON. Rows are made (`made`), or the arrays X [N, D] and y [N] of an .npz file. Of each case:
+Run: .venv/bin/python benchmarks/bench_heads.py [PHOTOGRAPHS] [--cases 244x2,4000x30,50000x100] [--repeats 3]
+     [--weights random|PATH] [--real-rows 50000]
+Prints JSON. Rows are made (`made`), or, where PHOTOGRAPHS are given, embeddings of crops of a hundred of these, each
+encoded anew (`real`; ResNet-18, in bf16 where the processor has units for it), whose class is the photograph that they
+were cut from. Of each case:
 
 fit   seconds to the optimum at l2 1e-4 and 1e-6 a row, ours with its standardisation, and scikit-learn's at
       the largest of its tolerances 1e-4 ... 1e-9 that comes within 1e-5 of our objective (null: none does); both
@@ -18,18 +21,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from made_photos import list_photographs, make_photos
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from turns import spread
 
+import transfercache
+from transfercache.backbones.choice import available_computes
 from transfercache.cache.blocks import ArrayBlocks
 from transfercache.environment import describe_environment
 from transfercache.heads import logistic
@@ -43,6 +52,8 @@ TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 PENALTIES = (1e-4, 1e-6)
 #: Relative difference of objectives that counts as equal.
 EQUAL = 1e-5
+#: The classes of embedded crops.
+N_PHOTOGRAPHS = 100
 
 Rows = tuple[np.ndarray, np.ndarray]  # float32 [N, D] standardised, int64 [N]
 
@@ -54,6 +65,24 @@ def made(n_rows: int, n_classes: int, dim: int) -> Rows:
     means = 0.5 * g.standard_normal((n_classes, dim))
     x = (means[y] + g.standard_normal((n_rows, dim))) * np.arange(1, dim + 1) ** -0.5
     return standardised(x), y
+
+
+def embedded(photographs: Path, *, weights: str, n_rows: int) -> Rows:
+    """Return embeddings of `n_rows` crops, and of each the number of its photograph."""
+    with tempfile.TemporaryDirectory() as made:
+        source, crops = Path(made) / "source", Path(made) / "crops"
+        source.mkdir()
+        chosen = list_photographs(photographs)[:N_PHOTOGRAPHS]
+        for number, path in enumerate(chosen):
+            shutil.copy(path, source / f"{number:03d}{path.suffix}")
+        make_photos(crops, n_rows, source=source)
+        compute = "bf16" if "bf16" in available_computes("cpu") else "fp32"
+        extracted = transfercache.extract_features(
+            crops, weights=weights, compute=compute, cache_dir=Path(made) / "cache"
+        )
+        table = extracted.table()
+        y = np.array([int(Path(path).stem) % len(chosen) for path in table.paths])
+        return standardised(table.features), y
 
 
 def standardised(x: np.ndarray) -> np.ndarray:
@@ -206,32 +235,27 @@ def measure(rows: Rows, *, repeats: int, with_choice: bool) -> dict[str, Any]:
     }
 
 
-def main(cases: str, *, dim: int, repeats: int, choice_rows: int, real: str | None) -> dict[str, Any]:
+def main(given: argparse.Namespace) -> dict[str, Any]:
     """Measure and return what is printed."""
     warnings.simplefilter("ignore")  # scikit-learn's of convergence: the objectives say it
     measured = {}
-    for case in filter(None, cases.split(",")):
+    for case in filter(None, given.cases.split(",")):
         n_rows, n_classes = map(int, case.split("x"))
-        rows = made(n_rows, n_classes, dim)
-        measured[f"made {case}"] = measure(rows, repeats=repeats, with_choice=n_rows <= choice_rows)
-    if real is not None:
-        with np.load(real) as arrays:
-            rows = standardised(arrays["X"]), arrays["y"].astype(np.int64)
-        measured["real"] = measure(rows, repeats=repeats, with_choice=len(rows[1]) <= choice_rows)
-    return {"n": repeats, "cases": measured, "environment": describe_environment()}
+        rows = made(n_rows, n_classes, given.dim)
+        measured[f"made {case}"] = measure(rows, repeats=given.repeats, with_choice=n_rows <= given.choice_rows)
+    if given.photographs is not None:
+        rows = embedded(given.photographs, weights=given.weights, n_rows=given.real_rows)
+        measured["real"] = measure(rows, repeats=given.repeats, with_choice=given.real_rows <= given.choice_rows)
+    return {"n": given.repeats, "cases": measured, "environment": describe_environment()}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("photographs", nargs="?", type=Path)
+    parser.add_argument("--weights", default="random")
     parser.add_argument("--cases", default="244x2,4000x30,50000x100")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--choice-rows", type=int, default=10_000)
-    parser.add_argument("--real", metavar="FILE.npz")
-    given = parser.parse_args()
-    print(
-        json.dumps(
-            main(given.cases, dim=given.dim, repeats=given.repeats, choice_rows=given.choice_rows, real=given.real),
-            indent=1,
-        )
-    )
+    parser.add_argument("--real-rows", type=int, default=50_000)
+    print(json.dumps(main(parser.parse_args()), indent=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
@@ -27,9 +26,7 @@ def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
     The classes are those of the folders in which the photographs under `source` lie, or two. They take turns, so that
     a few images have them all; `train/` is used up before `val/`.
     """
-    photographs = _in_turns(path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS) if source else []
-    if source is not None and not photographs:
-        raise SystemExit(f"{source}: holds no photographs (files that end in {', '.join(_ENDINGS)})")
+    photographs = list_photographs(source) if source else []
 
     def write(number: int) -> None:
         rng = derive_rng(0, "photo", number)
@@ -44,7 +41,11 @@ def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
     return folder
 
 
-def _in_turns(photographs: Iterable[Path]) -> list[Path]:
+def list_photographs(source: Path) -> list[Path]:
+    """Return the photographs below a folder, those of its folders in turns; ends the program where there is none."""
+    photographs = [path for path in source.rglob("*") if path.suffix.lower() in _ENDINGS]
+    if not photographs:
+        raise SystemExit(f"{source}: holds no photographs (files that end in {', '.join(_ENDINGS)})")
     by_folder = groupby(sorted(photographs, key=lambda path: (path.parent, path.name)), key=lambda path: path.parent)
     ranked = [(folder.parent, rank, path) for folder, paths in by_folder for rank, path in enumerate(paths)]
     return [path for _, _, path in sorted(ranked)]

@@ -2,7 +2,7 @@
 
 Run: .venv/bin/python benchmarks/run_all.py [PHOTOGRAPHS] [--weights random|PATH] [--quick] [--only NAME,...] [--again]
      [--machine NAME] [--results benchmarks/results] [--page docs/benchmarks.md]
-     [--real FILE.npz] [--cache FOLDER] [--environments FOLDER]
+     [--cache FOLDER] [--environments FOLDER]
 Each benchmark's JSON is kept as MACHINE/NAME.json in the folder of results, the page's source, where MACHINE tells
 sorts of machines apart (by default by vector units and cores: "avx2-2-cores"); one that is there is not run again
 without --again. Without PHOTOGRAPHS those that measure accuracy are left out, without a GPU the one that needs it.
@@ -43,7 +43,10 @@ BENCHMARKS = (
     Benchmark("peers", ("--images=200", "--repeats=3"), ("--images=32", "--repeats=1"), "taken"),
     # Both N and C grow by steps that the others hold still.
     Benchmark(
-        "heads", ("--cases=244x2,4000x30,12500x100,50000x10,50000x100",), ("--cases=244x2,1000x10", "--repeats=1")
+        "heads",
+        ("--cases=244x2,4000x30,12500x100,50000x10,50000x100",),
+        ("--cases=244x2,1000x10", "--repeats=1", "--real-rows=300"),
+        "taken",
     ),
     Benchmark("out_of_core", (), ("--rows=20000", "--classes=100")),
     Benchmark("startup", ("--repeats=7",), ("--repeats=2",)),
@@ -61,7 +64,6 @@ BENCHMARKS = (
 def words_of(benchmark: Benchmark, given: argparse.Namespace) -> list[str]:
     """Return the command of a benchmark."""
     extra = {
-        "heads": {"--real": given.real},
         "out_of_core": {"--folder": given.cache},
         "peers": {"--environments": given.environments},
     }
@@ -136,7 +138,6 @@ if __name__ == "__main__":
     parser.add_argument("--machine", default=this_machine(), help="the folder of its results")
     parser.add_argument("--only", help="names, or nothing to write the page alone")
     parser.add_argument("--again", action="store_true", help="also what is in the folder of results")
-    parser.add_argument("--real", type=Path, help="arrays X and y for bench_heads.py")
     parser.add_argument("--cache", type=Path, help="a folder that keeps the cache of bench_out_of_core.py")
     parser.add_argument("--environments", type=Path, help="a folder that keeps those of bench_peers.py")
     parser.add_argument(

@@ -106,10 +106,14 @@ def test_bench_label_errors(tmp_path: Path) -> None:
 
 
 def test_bench_heads(tmp_path: Path) -> None:
-    printed = run("bench_heads.py", "--cases=60x2", "--dim=8", "--repeats=1", folder=tmp_path)
-    case = printed["cases"]["made 60x2"]
+    _write_photos(tmp_path)
+    words = ("photos", "--cases=60x2", "--dim=8", "--repeats=1", "--real-rows=160", "--choice-rows=100")
+    printed = run("bench_heads.py", *words, folder=tmp_path)
+    case, real = printed["cases"]["made 60x2"], printed["cases"]["real"]
     assert [fit["l2"] for fit in case["fit"]] == [1e-4, 1e-6]
     assert set(case) == {"rows", "dim", "classes", "fit", "path", "choice", "knn"}
+    assert set(case) - set(real) == {"choice"}
+    assert (real["rows"], real["dim"], real["classes"]) == (160, 512, 16)
 
 
 def test_bench_extract(tmp_path: Path) -> None:
