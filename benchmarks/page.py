@@ -75,9 +75,9 @@ def render_page(names: Sequence[str], figures: Mapping[str, Mapping[str, Mapping
     lettered = {chr(ord("A") + number): kept for number, kept in enumerate(figures.values())}
     introduction = _INTRODUCTION if any("gpu" in kept for kept in lettered.values()) else _INTRODUCTION + _NO_GPU
     parts = [introduction, _targets(lettered), "## Machines\n"]
-    for letter, kept in lettered.items():
+    for (letter, kept), name in zip(lettered.items(), figures, strict=True):
         parts += [
-            f"- {letter}: {machine}"
+            f"- {letter} ({name}): {machine}"
             for machine in dict.fromkeys(_describe(one["environment"]) for one in kept.values())
         ]
     for name in names:

@@ -172,7 +172,7 @@ def test_run_all__keeps_what_is_there_and_writes_the_page_with_a_column_a_machin
     assert f"| whole process of `train-head`, seconds | <= 1.0 | {shown} |" in page
     assert f"| seconds: tlc train-head CACHE --solver logistic | {shown} |" in page
     assert "| label errors, recall in the top 5 % | >= 0.75 | not measured | not measured |" in page
-    assert f"- B: {processor_name()}, {n_cores()} cores" in page
+    assert f"- B (old): {processor_name()}, {n_cores()} cores" in page
     assert [line[3:] for line in page.splitlines() if line.startswith("## ")][2:] == _names()
     assert page.count("Machine A and B.") == 1
     assert page.count("Not run.") == len(_names()) - 1
