@@ -6,9 +6,11 @@ import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+FIGURES = pytest.StashKey[list[str]]()
 REAL_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 REAL_ABSENT = "the real photographs and weights are not beside this checkout (../shared/data)"
 
@@ -26,6 +28,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def scale(request: pytest.FixtureRequest) -> int:
     """How many times as long as by default the campaigns run."""
     return 10 if request.config.getoption("--campaign") else 1
+
+
+@pytest.fixture(scope="session")
+def figures(request: pytest.FixtureRequest) -> list[str]:
+    """Lines that the terminal shows at the end."""
+    return request.config.stash.setdefault(FIGURES, [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the figures of a process of pytest-xdist to the one that has the terminal."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = session.config.stash.get(FIGURES, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take them there; a process that died has none."""
+    node.config.stash.setdefault(FIGURES, []).extend(getattr(node, "workeroutput", {}).get("figures", []))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -86,8 +106,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=REAL_ABSENT))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how many `real` tests ran, or why they did not."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Show the figures, and say how many `real` tests ran, or why they did not."""
+    for line in config.stash.get(FIGURES, []):
+        terminalreporter.write_line(line)
     ran = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     n_ran = sum("real" in report.keywords and report.when == "call" for report in ran)
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "real" in report.keywords]

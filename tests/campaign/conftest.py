@@ -1,4 +1,4 @@
-"""What the campaigns share: a process to fork extractors from, made images, the check of a folder, their figures."""
+"""What the campaigns share: a process to fork extractors from, made images, the check of a folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from transfercache.cache.verify import verify_folder
 
 from .forks import Forks, forking
 
-FIGURES = pytest.StashKey[list[str]]()
 # Long before any scan: a file younger than two seconds is hashed at every one, and its record says so.
 _OLD_NS = 1_700_000_000_000_000_000
 
@@ -26,17 +25,6 @@ def forks() -> Iterator[Forks]:
         pytest.skip("a process that has loaded torch can be forked on Linux alone")
     with forking() as process:
         yield process
-
-
-@pytest.fixture(scope="session")
-def figures(request: pytest.FixtureRequest) -> list[str]:
-    """Lines that the terminal shows at the end."""
-    return request.config.stash.setdefault(FIGURES, [])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(FIGURES, []):
-        terminalreporter.write_line(line)
 
 
 def find_problems(folder: Path) -> tuple[str, ...]:
