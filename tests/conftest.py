@@ -1,4 +1,4 @@
-"""Fixtures for every room, and the closing line that says what the `real` tests did."""
+"""Fixtures for every room, and the closing lines: the figures of long tests, and what the `real` ones did."""
 
 from __future__ import annotations
 

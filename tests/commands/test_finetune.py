@@ -83,6 +83,11 @@ def test_finetune__a_head_that_does_not_fit(
     assert not (tmp_path / "m.safetensors.checkpoints").exists()
 
 
+def test_finetune__keeps_a_checkpoint_at_least(pets: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--keep-checkpoints 0: must be at least 1$"):
+        finetune(pets, keep_checkpoints=0)
+
+
 def test_describe_backbone__stages_and_what_would_train(capsys: pytest.CaptureFixture[str]) -> None:
     description = describe_backbone("resnet18", unfreeze="layer3,layer4", lr_decay=0.5, batch_size=4, weight_decay=0.01)
     assert finish(description, as_json=True) == 0

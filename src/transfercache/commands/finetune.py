@@ -22,6 +22,7 @@ from transfercache.commands.inputs import (
     EmbedOptions,
     cache_root,
     changed_words,
+    check_counts,
     check_on_bad,
     finish_manifest,
     log_bad,
@@ -131,8 +132,7 @@ def finetune(
     options = _read_options(locals())
     check_on_bad(on_bad)
     combinations = _combine(options, grid, cached=cached)
-    if keep_checkpoints < 1:
-        raise UsageError(f"--keep-checkpoints {keep_checkpoints}: must be at least 1")
+    check_counts(keep_checkpoints=keep_checkpoints)
     start = None if init_head is None else _read_head(Path(init_head))
     watch = Stopwatch()
     manifest = finish_manifest(
