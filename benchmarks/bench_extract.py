@@ -8,7 +8,7 @@ tlc             `tlc extract-features` into an empty cache, with the engine of `
 tlc, cold       the same with no converted network to be found
 tlc, bf16       `--compute bf16`, where the processor has units for it, with its network kept
 
-`roofline`: decoding alone (one thread a core) and forward passes alone (resident pixels, all cores) share the cores, so
+`roofline`: decoding alone (on all cores) and forward passes alone (resident pixels, all cores) share the cores, so
 that no loop makes more than 1 / (1 / decode + 1 / forward) images a second; `stage_share` is what that of tlc makes of
 it, from its first image to its last row on the disk. `forward_share_of_sgemm` is in multiplications of the network and
 of a large float32 product. `accuracy`, where PHOTOGRAPHS are given, is that of logistic heads on these themselves,
@@ -37,11 +37,14 @@ from transfercache.backbones.available import auto_engine, bf16_units
 from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.environment import describe_environment
-from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import load_image
+from transfercache.finetuning.augment import Augmentation
+from transfercache.images.decode import HashedFile, load_image
+from transfercache.images.processes import decode_ahead
 from transfercache.images.transforms import eval_pixels
+from transfercache.stopwatch import Stopwatch
 
 BATCH_SIZE = 32
+_WINDOW = 768  # three of a GPU's batches, as an extraction has under way
 #: Of the forward passes alone; as many batches as are timed at once.
 RESIDENT_BATCHES = 8
 #: Features of the two sides, relative to the largest: what differs by more is not the same work.
@@ -86,13 +89,12 @@ def tlc_side(photos: Path, weights: str, folder: Path, *words: str, keep: bool) 
 
 
 def decode_side(paths: list[Path], backbone: Backbone, *, workers: int | None = None) -> Callable[[], Figures]:
-    """Return what decodes all images, by default one thread a core, in images a second."""
-
-    def load(path: Path) -> np.ndarray:
-        return eval_pixels(load_image(path, str(path)), backbone.preprocessing)
+    """Return what decodes all images as an extraction does, in images a second."""
+    decode = Augmentation(backbone.preprocessing, epoch=None, augment="none", crop_area=1.0, seed=0)
+    files = [(0, HashedFile(path, str(path), None)) for path in paths]
 
     def run() -> Figures:
-        images = run_ahead(paths, load, workers=workers, window=3 * BATCH_SIZE)
+        images = decode_ahead(files, decode, n_items=len(files), workers=workers, window=_WINDOW, watch=Stopwatch())
         return {"images_per_s": len(paths) / timed(lambda: [done.result().shape for _, done in images])}
 
     return run

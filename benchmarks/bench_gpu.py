@@ -9,7 +9,7 @@ rates       the bare network on normalised tensors that lie on the device, and i
             what it does not
 engines     `Engine.embed` from uint8 in host memory to features there, at the middle batch size
 end_to_end  `tlc extract-features` as a process into an empty cache; `stage`: from its first image to its last row on
-            the disk, and which of decoding (one thread a core), forward passes and writing the others wait for;
+            the disk, and which of decoding (by its workers), forward passes and writing the others wait for;
             decoding alone; and the plain loop, with a loading process a core, whose convolutions are TF32 on a GPU
 parity      features of the PHOTOGRAPHS on the device against eager fp32 on the CPU: the least cosine of a row, the
             largest difference as a share of the largest feature, and how many get the label that a head trained on the
@@ -46,6 +46,7 @@ from transfercache.backbones.engines import EagerEngine
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.environment import describe_environment, n_cores
 from transfercache.images.decode import load_image
+from transfercache.images.processes import decoding_workers
 from transfercache.images.transforms import eval_pixels
 from transfercache.stopwatch import busiest
 
@@ -117,16 +118,16 @@ def end_to_end(
                 "seconds": spread(side["seconds"]),
                 "times_faster": ratios(plain["seconds"], side["seconds"]),
                 "stage_images_per_s": spread(side["images_per_s"]),
-                **(_stages(side) if "loop" in side else {}),
+                **(_stages(side, len(paths)) if "loop" in side else {}),
             }
             for name, side in columns.items()
         },
     }
 
 
-def _stages(side: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the seconds of each stage, those of decoding by its threads, and the one that the others wait for."""
-    threads = {"decode": n_cores(), "forward": 1, "write": 1}
+def _stages(side: dict[str, list[float]], n_images: int) -> dict[str, Any]:
+    """Return the seconds of each stage, those of decoding by its workers, and the one that the others wait for."""
+    threads = {"decode": decoding_workers(None, n_images), "forward": 1, "write": 1}
     seconds = {stage: spread([one / threads.get(stage, 1) for one in side[stage]]) for stage in ("loop", *threads)}
     totals = {stage: sum(side[stage]) for stage in threads}
     return {"stage_seconds": seconds, "bottleneck": busiest(totals, threads=threads)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from transfercache.environment import n_cores
 from transfercache.images.ahead import run_ahead
 from transfercache.randomness import derive_rng
 
@@ -36,7 +37,7 @@ def make_photos(folder: Path, n_images: int, *, source: Path | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=_QUALITY)
 
-    for _, written in run_ahead(range(n_images), write, workers=None, window=_AHEAD):
+    for _, written in run_ahead(range(n_images), write, workers=n_cores(), window=_AHEAD):
         written.result()
     return folder
 

@@ -60,6 +60,9 @@ class DecodeError(DataError):
         self.path = path
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[DecodeError], tuple[str, str]]:
+        return DecodeError, (self.path, self.reason)  # processes that decode send it
+
 
 class ArtefactError(TlcError):
     """A file that tlc wrote, or claims to have written, cannot be trusted or is of another schema."""

@@ -67,6 +67,7 @@ def test_half_precision__is_near_that_of_the_cpu(
     assert 1e-5 < relative_error(features, expected) < 5e-2  # it did run in half precision
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch 2.11's own, on Python 3.12
 def test_compile__is_that_of_eager(
     resnet18: Backbone, cuda: torch.device, pixels: np.ndarray, expected: np.ndarray
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 from transfercache.cache.reader import open_cache
 from transfercache.cache.store import Store
 from transfercache.extract.loop import Embedder, PendingView
-from transfercache.images import decode
+from transfercache.images import decode, processes
 from transfercache.images.decode import decode_image, load_image
 from transfercache.images.manifest import hash_files
 from transfercache.images.sources import read_source
@@ -48,10 +48,11 @@ def test_view_pixels__eval_then_mirror_then_drawn(photos: Path, spec: ExtractSpe
     assert other.tobytes() != views[2].tobytes()
 
 
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2), (32, 4)])
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 1), (3, 2), (32, 4), (3, 9)])
 def test_views__do_not_depend_on_order_batch_or_workers(
-    photos: Path, make_engine: Any, spec: ExtractSpec, batch_size: int, workers: int
+    photos: Path, make_engine: Any, spec: ExtractSpec, batch_size: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(processes, "_IMAGES_PER_PROCESS", 1)  # the nine are processes
     manifest = hash_files(read_source(photos), known={})
     engine = make_engine()
 

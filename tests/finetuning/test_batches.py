@@ -10,6 +10,7 @@ import pytest
 
 from transfercache.finetuning.batches import Batch, ImageReader, in_batches
 from transfercache.finetuning.options import FinetuneOptions
+from transfercache.images import processes
 from transfercache.images.decode import load_image
 from transfercache.images.transforms import eval_pixels
 from transfercache.stopwatch import Stopwatch
@@ -35,7 +36,10 @@ def test_in_batches__one_left_over_joins_the_batch_before(n_images: int, batch_s
     assert [row for batch in batches for row in batch] == list(range(n_images))
 
 
-def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_photos: MakePhotos) -> None:
+def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_workers(
+    make_photos: MakePhotos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_IMAGES_PER_PROCESS", 1)
     folder = make_photos(train=6)
     rows = np.arange(12)
     runs = {
@@ -43,6 +47,7 @@ def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_
         for name, options, epoch in [
             ("one thread", {"workers": 1}, 1),
             ("four threads", {"workers": 4}, 1),
+            ("nine processes", {"workers": 9}, 1),
             ("trivial", {"workers": 1, "augment": "trivial"}, 1),
             ("trivial, four threads", {"workers": 4, "augment": "trivial"}, 1),
             ("wide crops", {"workers": 1, "crop_area": 0.9}, 1),
@@ -52,10 +57,10 @@ def test_training_batches__depend_on_seed_and_epoch_and_not_on_the_threads(make_
     }
     orders = {name: np.concatenate([batch.rows for batch in run]).tolist() for name, run in runs.items()}
     assert sorted(orders["one thread"]) == rows.tolist()
-    assert orders["one thread"] == orders["four threads"]
+    assert orders["one thread"] == orders["four threads"] == orders["nine processes"]
     assert len({tuple(order) for order in orders.values()}) == 3
     pixels = {name: _pixels(run) for name, run in runs.items()}
-    assert pixels["one thread"] == pixels["four threads"]
+    assert pixels["one thread"] == pixels["four threads"] == pixels["nine processes"]
     assert pixels["wide crops"] != pixels["one thread"]
     assert pixels["trivial"] == pixels["trivial, four threads"] != pixels["one thread"]
     assert all(pixels["one thread"][row] != pixels["next epoch"][row] for row in rows.tolist())
@@ -106,9 +111,9 @@ def test_batches__a_file_that_was_replaced_since_it_was_hashed_is_bad(make_photo
 def test_training_batches__closed_early_leaves_no_thread(make_photos: MakePhotos) -> None:
     batches = _reader(make_photos(train=8), batch_size=2, workers=3).training_batches(np.arange(16), 1)
     next(batches)
-    assert any(thread.name.startswith("decode") for thread in threading.enumerate())
+    assert any(thread.name.startswith("ahead") for thread in threading.enumerate())
     batches.close()
-    assert not any(thread.name.startswith("decode") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("n_done", [1, 2])

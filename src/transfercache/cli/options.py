@@ -92,7 +92,10 @@ ExtractBatchSize = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Decoding threads; by default one a core, at most 8.", show_default=False, rich_help_panel="Machine"
+        min=1,
+        help="Threads that decode, by default one a core; where more than 8 have 100 images each, processes.",
+        show_default=False,
+        rich_help_panel="Machine",
     ),
 ]
 CacheDir = Annotated[

@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,9 +41,8 @@ def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device
     """Time the first few rows of `manifest`, which must be readable, as `loop` runs; the weights do not matter."""
     timed = manifest.subset(np.arange(min(N_TIMED, manifest.n_rows)))
     start = time.perf_counter()
-    pixels = load_pixels(
-        timed, lambda image: eval_pixels(image, backbone.preprocessing), workers=loop.workers
-    )  # uint8 [B, crop, crop, 3]
+    transform = partial(eval_pixels, preprocessing=backbone.preprocessing)
+    pixels = load_pixels(timed, transform, workers=loop.workers)  # uint8 [B, crop, crop, 3]
     decode = time.perf_counter() - start
     network = copy.deepcopy(backbone.network)
     network.to(device).to(memory_format=loop.memory_format)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from transfercache import config
@@ -30,7 +32,7 @@ def pixels_knn() -> Strategy:
 def _run(setting: Setting, seed: int) -> Outcome:
     rows, watch = setting.rows, Stopwatch()
     with watch.stage("decode"):
-        pixels = load_pixels(rows.manifest, lambda image: grey_pixels(image, SIDE), workers=setting.workers)
+        pixels = load_pixels(rows.manifest, partial(grey_pixels, side=SIDE), workers=setting.workers)
     with watch.stage("predict"):
         features = pixels.reshape(len(pixels), -1).astype(np.float32) / np.float32(255)  # float32 [n, SIDE * SIDE]
         probabilities = knn_probabilities(

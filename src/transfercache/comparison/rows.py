@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -17,10 +18,11 @@ from tqdm import tqdm
 from transfercache.arrays import BoolArray, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import CacheError, DataError, DecodeError
-from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import load_image
+from transfercache.images.decode import HashedFile, decode_image
 from transfercache.images.manifest import Manifest
+from transfercache.images.processes import decode_ahead
 from transfercache.splits import SPLIT_NAMES, Split, count_straddling, divide_roles
+from transfercache.stopwatch import Stopwatch
 
 Loaded = TypeVar("Loaded")
 
@@ -114,16 +116,11 @@ def find_unreadable(manifest: Manifest, *, workers: int | None) -> dict[int, str
     bad = dict(manifest.unreadable)
     rows = np.flatnonzero((manifest.labels >= 0) & (manifest.split != Split.NONE) & manifest.is_readable())
 
-    def check(row: int) -> str | None:
-        try:
-            load_image(manifest.path_of(row), manifest.paths[row])
-        except DecodeError as error:
-            return error.reason
-        return None
-
-    for row, reason in zip(rows.tolist(), _in_threads(rows, check, workers=workers, desc="check"), strict=True):
-        if reason is not None:
-            bad[row] = reason
+    for row, checked in zip(rows.tolist(), _each(manifest, rows, _check, workers=workers, desc="check"), strict=True):
+        if isinstance(error := checked.exception(), DecodeError):
+            bad[row] = error.reason
+        else:
+            checked.result()  # raises what is not the image's fault
     return bad
 
 
@@ -131,16 +128,32 @@ def load_pixels(
     manifest: Manifest, transform: Callable[[Image], npt.NDArray[np.uint8]], *, workers: int | None
 ) -> npt.NDArray[np.uint8]:
     """Return the transformed images of all rows, stacked in their order; raises DecodeError."""
-
-    def load(row: int) -> npt.NDArray[np.uint8]:
-        return transform(load_image(manifest.path_of(row), manifest.paths[row]))
-
-    return np.stack(list(_in_threads(np.arange(manifest.n_rows), load, workers=workers, desc="decode")))
+    images = _each(manifest, np.arange(manifest.n_rows), transform, workers=workers, desc="decode")
+    return np.stack([image.result() for image in images])
 
 
-def _in_threads(rows: Int64Array, load: Callable[[int], Loaded], *, workers: int | None, desc: str) -> Iterator[Loaded]:
+def _each(
+    manifest: Manifest, rows: Int64Array, transform: Callable[[Image], Loaded], *, workers: int | None, desc: str
+) -> Iterator[Future[Loaded]]:
+    """Yield what the transform, which must be one that can be pickled, makes of the images of the rows."""
     progress = tqdm(total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=None)
-    with progress, closing(run_ahead(rows.tolist(), load, workers=workers, window=_IMAGES_AHEAD)) as ahead:
-        for _, loaded in ahead:
-            yield loaded.result()
+    images = decode_ahead(
+        (manifest.file(row) for row in rows.tolist()),
+        partial(_load, transform),
+        n_items=len(rows),
+        workers=workers,
+        window=_IMAGES_AHEAD,
+        watch=Stopwatch(),
+    )
+    with progress, closing(images):
+        for _, loaded in images:
+            yield loaded
             progress.update()
+
+
+def _load(transform: Callable[[Image], Loaded], file: HashedFile) -> Loaded:
+    return transform(decode_image(file.read(), file.shown))
+
+
+def _check(_: Image) -> None:
+    """Do nothing: that it can be decoded is all there is to know."""

@@ -1,4 +1,4 @@
-"""Decode -> forward -> write, each beside the others: threads decode ahead and one writes behind, within bounds."""
+"""Decode -> forward -> write, each beside the others: decoding runs ahead and writing behind, within bounds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from transfercache.cache.shard import ShardWriter, as_stored
 from transfercache.errors import DecodeError
-from transfercache.images.ahead import decoding_threads, run_ahead
-from transfercache.images.decode import Decoder, pick_decoder, read_image_bytes
+from transfercache.images.decode import HashedFile, pick_decoder
 from transfercache.images.manifest import Manifest
+from transfercache.images.processes import decode_ahead, decoding_workers
 from transfercache.images.transforms import view_pixels
-from transfercache.spec import ExtractSpec
+from transfercache.spec import ExtractSpec, Preprocessing
 from transfercache.stopwatch import Stopwatch, busiest
 
 if TYPE_CHECKING:  # the loop itself is torch-free: predicting from a cache imports this file
@@ -68,7 +68,7 @@ class Embedder:
     manifest: Manifest
     spec: ExtractSpec
     engine: Callable[[], Engine]  # asked for when a first image is to be embedded
-    workers: int | None  # decoding threads; None: see `decoding_threads`
+    workers: int | None  # that decode; None: see `decoding_workers`
     watch: Stopwatch
     #: The engine and the versions of now (cache/provenance.py), where its rows are compared with a cache's.
     makers: Mapping[str, str] = field(default_factory=dict)
@@ -80,7 +80,7 @@ class Embedder:
         row's bits do not depend on which rows an interrupted run had already written. Raises ResourceError where what
         the spec names for decoding is not installed.
         """
-        threads = {"decode": decoding_threads(self.workers), "forward": 1, "write": 1}
+        threads = {"decode": decoding_workers(self.workers, len(pending)), "forward": 1, "write": 1}
         batches = self._decoded_batches(pending, batch_size)
         progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
         with closing(batches), progress as bar:
@@ -104,24 +104,27 @@ class Embedder:
         return EmbeddedBatch(views, features[fits], {**batch.bad, **bad})
 
     def _decoded_batches(self, pending: Sequence[PendingView], batch_size: int) -> Generator[_DecodedBatch, None, None]:
-        """Yield the batches of the grid in order, decoded in threads; an image is decoded once for its views."""
+        """Yield the batches of the grid in order, decoded ahead; an image is decoded once for its views."""
         n_views = len({item.view for item in pending}) or 1
         window = max(_BATCHES_AHEAD * batch_size // n_views, 1)
-        load = functools.partial(self._load, pick_decoder(self.spec.preprocessing))
-        images = run_ahead(_by_image(pending, batch_size), load, workers=self.workers, window=window)
+        pick_decoder(self.spec.preprocessing)  # raises before anything is started for it
+        images = decode_ahead(
+            self._by_image(pending, batch_size),
+            functools.partial(_load, self.spec.preprocessing),
+            n_items=len(pending),
+            workers=self.workers,
+            window=window,
+            watch=self.watch,
+        )
         with closing(images):
-            for _, members in itertools.groupby(images, key=lambda image: image[0][0].slot // batch_size):
+            for _, members in itertools.groupby(images, key=lambda image: image[0].views[0].slot // batch_size):
                 yield _collect(list(members), batch_size=batch_size, crop=self.spec.preprocessing.crop)
 
-    def _load(self, decode: Decoder, views: list[PendingView]) -> list[Pixels]:
-        manifest, row = self.manifest, views[0].row
-        path = manifest.paths[row]
-        with self.watch.stage("decode"):
-            data = read_image_bytes(manifest.path_of(row), path)
-            if not manifest.has_content(row, data):
-                raise DecodeError(path, "it changed while it was being read; run the same command again")
-            image, digest = decode(data, path), manifest.digests[row].tobytes()
-            return [view_pixels(image, self.spec.preprocessing, digest=digest, view=item.view) for item in views]
+    def _by_image(self, pending: Sequence[PendingView], batch_size: int) -> Iterator[_Image]:
+        """Yield, in slot order, the views of one image within one batch of the grid."""
+        in_order = sorted(pending, key=lambda item: item.slot)
+        for (_, row), views in itertools.groupby(in_order, key=lambda item: (item.slot // batch_size, item.row)):
+            yield _Image(self.manifest.file(row), list(views))
 
 
 def fill_shard(
@@ -189,27 +192,32 @@ class _DecodedBatch:
     n_views: int  # those of bad images included
 
 
-def _by_image(pending: Sequence[PendingView], batch_size: int) -> Iterator[list[PendingView]]:
-    """Yield, in slot order, the views of one image within one batch of the grid."""
-    in_order = sorted(pending, key=lambda item: item.slot)
-    for _, views in itertools.groupby(in_order, key=lambda item: (item.slot // batch_size, item.row)):
-        yield list(views)
+@dataclass(frozen=True, slots=True)
+class _Image:
+    file: HashedFile
+    views: list[PendingView]
 
 
-def _collect(
-    images: list[tuple[list[PendingView], Future[list[Pixels]]]], *, batch_size: int, crop: int
-) -> _DecodedBatch:
+def _load(preprocessing: Preprocessing, image: _Image) -> list[Pixels]:
+    """Return the pixels of the views; a process may do it, so that it is given all that it needs."""
+    file = image.file
+    assert file.digest is not None
+    picture = pick_decoder(preprocessing)(file.read(), file.shown)
+    return [view_pixels(picture, preprocessing, digest=file.digest, view=item.view) for item in image.views]
+
+
+def _collect(images: list[tuple[_Image, Future[list[Pixels]]]], *, batch_size: int, crop: int) -> _DecodedBatch:
     pixels = np.zeros((batch_size, crop, crop, 3), dtype=np.uint8)
     kept: list[PendingView] = []
     bad: dict[int, str] = {}
-    for views, future in images:
+    for image, future in images:
         try:
             loaded = future.result()
         except DecodeError as error:
-            bad[views[0].row] = error.reason
+            bad[image.views[0].row] = error.reason
             continue
-        for view, one in zip(views, loaded, strict=True):
+        for view, one in zip(image.views, loaded, strict=True):
             pixels[view.slot % batch_size] = one
-        kept.extend(views)
-    n_views = sum(len(views) for views, _ in images)
+        kept.extend(image.views)
+    n_views = sum(len(image.views) for image, _ in images)
     return _DecodedBatch(kept, [view.slot % batch_size for view in kept], pixels, bad, n_views)

@@ -1,24 +1,23 @@
-"""Rows in, batches of inputs out: decoded in threads a bounded way ahead, in an order that the threads do not touch."""
+"""Rows in, batches of inputs out: decoded a bounded way ahead, in an order that those that decode do not touch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL.Image import Image, fromarray
 
 from transfercache.arrays import Int64Array, UInt8Array
 from transfercache.errors import DecodeError
+from transfercache.finetuning.augment import Augmentation
 from transfercache.finetuning.options import FinetuneOptions
-from transfercache.finetuning.trivial import trivial_augment
-from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import decode_image, read_image_bytes
+from transfercache.images.decode import HashedFile
 from transfercache.images.manifest import Manifest
-from transfercache.images.transforms import eval_pixels, train_pixels
+from transfercache.images.processes import decode_ahead
 from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing
 from transfercache.stopwatch import Stopwatch
@@ -86,36 +85,28 @@ class ImageReader(Reader):
 
     def _images(self, rows: Int64Array, epoch: int | None) -> Iterator[tuple[int, UInt8Array]]:
         """Yield (row, uint8 [crop, crop, 3]) in the order of `rows`; a bad image is noted and left out."""
+        options = self.options
+        images = decode_ahead(
+            ((row, self._file(row)) for row in rows.tolist()),
+            Augmentation(self.preprocessing, epoch, options.augment, options.crop_area, options.seed),
+            n_items=len(rows),
+            workers=options.workers,
+            window=PREFETCHED_BATCHES * options.batch_size,
+            watch=self.stopwatch,
+        )
+        with closing(images):
+            for (row, _), loaded in images:
+                try:
+                    pixels = loaded.result()
+                except DecodeError as error:
+                    self.bad[row] = error.reason
+                    continue
+                self._is_checked[row] = True
+                yield row, pixels
 
-        def timed(row: int) -> UInt8Array:
-            with self.stopwatch.stage("decode"):
-                return self._load(row, epoch)
-
-        window = PREFETCHED_BATCHES * self.options.batch_size
-        for row, loaded in run_ahead(rows.tolist(), timed, workers=self.options.workers, window=window):
-            try:
-                pixels = loaded.result()
-            except DecodeError as error:
-                self.bad[row] = error.reason
-                continue
-            yield row, pixels
-
-    def _load(self, row: int, epoch: int | None) -> UInt8Array:
-        image = self._image(row)
-        if epoch is None or self.options.augment == "none":
-            return eval_pixels(image, self.preprocessing)
-        rng = derive_rng(self.options.seed, "augment", epoch, row)
-        pixels = train_pixels(image, self.preprocessing, rng, least_area=self.options.crop_area)
-        return pixels if self.options.augment == "crop" else np.array(trivial_augment(fromarray(pixels), rng))
-
-    def _image(self, row: int) -> Image:
-        path = self.manifest.paths[row]
-        data = read_image_bytes(self.manifest.path_of(row), path)
-        if not self._is_checked[row]:
-            if not self.manifest.has_content(row, data):
-                raise DecodeError(path, "it changed while it was being read; run the same command again")
-            self._is_checked[row] = True
-        return decode_image(data, path)
+    def _file(self, row: int) -> HashedFile:
+        file = self.manifest.file(row)
+        return replace(file, digest=None) if self._is_checked[row] else file
 
 
 def leave_out(rows: Int64Array, bad: Collection[int]) -> Int64Array:

@@ -44,7 +44,7 @@ class FinetuneOptions:
     select: float | None = None
     patience: int | None = None
     seed: int = config.SEED
-    workers: int | None = None  # decoding threads; None: see `images.ahead.decoding_threads`
+    workers: int | None = None  # that decode; None: see `images.processes.decoding_workers`
 
     def __post_init__(self) -> None:
         self._check_words()

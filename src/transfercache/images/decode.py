@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,22 @@ _MARKUP = (
     ((b"<!doctype html", b"<html", b"<head"), "not an image (it starts like HTML)"),
     ((b"<?xml", b"<svg"), "not an image of pixels (it starts like XML or SVG)"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class HashedFile:
+    """An image where it lies, and what its bytes have to be."""
+
+    path: Path
+    shown: str  # the path that errors name
+    digest: bytes | None  # the SHA-256 of its bytes (32 bytes); None: they have been compared
+
+    def read(self) -> bytes:
+        """Return the file's bytes; raises DecodeError where it cannot be read, or is not what was hashed."""
+        data = read_image_bytes(self.path, self.shown)
+        if self.digest is not None and hashlib.sha256(data).digest() != self.digest:
+            raise DecodeError(self.shown, "it changed while it was being read; run the same command again")
+        return data
 
 
 def load_image(path: Path, shown: str) -> Image.Image:

@@ -23,6 +23,7 @@ from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.images.ahead import run_ahead
+from transfercache.images.decode import HashedFile
 from transfercache.splits import Split, check_val_fraction, complete_split, join_groups
 
 #: A file may change again within its time stamp's granularity (2 s on FAT), so a younger one proves nothing.
@@ -111,9 +112,9 @@ class Manifest:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
-    def has_content(self, row: int, data: bytes) -> bool:
-        """Whether `data` are the bytes that the digest of `row` stands for."""
-        return bool(hashlib.sha256(data).digest() == self.digests[row].tobytes())
+    def file(self, row: int) -> HashedFile:
+        """Return the file of `row`, with its digest."""
+        return HashedFile(self.path_of(row), self.paths[row], self.digests[row].tobytes())
 
     def is_readable(self) -> npt.NDArray[np.bool_]:
         """Return bool [N]: the rows that `unreadable` does not name."""
