@@ -94,7 +94,7 @@ def decode_side(paths: list[Path], backbone: Backbone, *, workers: int | None = 
     files = [(0, HashedFile(path, str(path), None)) for path in paths]
 
     def run() -> Figures:
-        images = decode_ahead(files, decode, n_items=len(files), workers=workers, window=_WINDOW, watch=Stopwatch())
+        images = decode_ahead(files, decode, n_images=len(files), workers=workers, window=_WINDOW, watch=Stopwatch())
         return {"images_per_s": len(paths) / timed(lambda: [done.result().shape for _, done in images])}
 
     return run

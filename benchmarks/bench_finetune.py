@@ -10,7 +10,7 @@ fp32, bf16      tlc's own training at its defaults, bf16 where the processor has
 `resident` are steps alone: the images lie in memory, for the tutorial as normalised float32 in batches of 4, for tlc as
 uint8, so that normalising them is in its time. `end_to_end` is the second epoch of a run of two: decoding, augmentation
 and steps, nothing evaluated; the tutorial loads by a DataLoader with `workers` processes (none was the fastest on two
-cores, docs/statistics.md), tlc in its threads. `times_faster` is over the tutorial, `of_sgemm` the multiplications of
+cores, docs/statistics.md), tlc in threads. `times_faster` is over the tutorial, `of_sgemm` the multiplications of
 forward and back over what the machine's float32 matrix product would do in the same time, also for bf16. `accuracy`,
 where PHOTOGRAPHS have a val or test split, is that of whole runs on them at the default epochs, a seed each. Prints one
 JSON document.

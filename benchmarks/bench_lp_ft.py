@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def read_split(folder: Path) -> Manifest:
 
 def embed(manifest: Manifest, backbone: Backbone) -> npt.NDArray[np.float32]:
     """Return the embeddings of all rows, float32 [N, D]."""
-    pixels = load_pixels(manifest, lambda image: eval_pixels(image, backbone.preprocessing), workers=None)
+    pixels = load_pixels(manifest, partial(eval_pixels, preprocessing=backbone.preprocessing), workers=None)
     engine = EagerEngine(backbone, torch.device("cpu"))
     return np.concatenate([engine.embed(pixels[i : i + _BATCH]) for i in range(0, len(pixels), _BATCH)])
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
+# Of a container, on Linux (control groups, version 2).
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _PACKAGES = (
     "torch",
     "torchvision",
@@ -53,8 +57,12 @@ def processor_flags() -> set[str]:
 
 
 def n_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity's, and no more than a container's quota pays for."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no control groups (version 2), or "max": no quota
+        quota, period = _CPU_QUOTA.read_text().split()  # microseconds of processor time in as many of the clock
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(cores, 1)
 
 
 def tlc_folder() -> Path:

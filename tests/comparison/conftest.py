@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class MadeEmbeddings:
 
 def embed(manifest: Manifest, backbone: Backbone) -> FeatureTable:
     """The features of all rows of a manifest, as a cache holds them."""
-    pixels = load_pixels(manifest, lambda image: eval_pixels(image, backbone.preprocessing), workers=1)
+    pixels = load_pixels(manifest, partial(eval_pixels, preprocessing=backbone.preprocessing), workers=1)
     return FeatureTable(
         blocks=ArrayBlocks(EagerEngine(backbone, torch.device("cpu")).embed(pixels)),
         labels=manifest.labels,

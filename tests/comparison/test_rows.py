@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,11 +101,10 @@ def test_find_unreadable__names_row_and_reason(tmp_path: Path) -> None:
 
 
 def test_load_pixels__order_of_the_rows(manifest: Manifest) -> None:
-    pixels = load_pixels(manifest, lambda image: grey_pixels(image, 2), workers=3)
+    pixels = load_pixels(manifest, partial(grey_pixels, side=2), workers=3)
     assert pixels.shape == (14, 2, 2)
     alone = [
-        load_pixels(manifest.subset(np.array([row])), lambda image: grey_pixels(image, 2), workers=1)[0]
-        for row in range(14)
+        load_pixels(manifest.subset(np.array([row])), partial(grey_pixels, side=2), workers=1)[0] for row in range(14)
     ]
     np.testing.assert_array_equal(pixels, alone)
 
@@ -113,4 +113,4 @@ def test_load_pixels__unreadable_image(tmp_path: Path) -> None:
     folder = write_photos(tmp_path / "photos", train=2, val=2)
     (folder / "val" / "red" / "0.png").write_bytes(b"")
     with pytest.raises(DecodeError, match=r"val/red/0.png: empty file"):
-        load_pixels(read(folder), lambda image: grey_pixels(image, 2), workers=1)
+        load_pixels(read(folder), partial(grey_pixels, side=2), workers=1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_match_head__does_not_fit(
 def test_put_head__the_network_starts_as_the_linear_probe(make_photos: MakePhotos, resnet18: Backbone) -> None:
     """Logits, and so the loss, of the network before its first step are the head's on the embeddings."""
     manifest = read(make_photos(train=4))
-    pixels = load_pixels(manifest, lambda image: eval_pixels(image, resnet18.preprocessing), workers=1)
+    pixels = load_pixels(manifest, partial(eval_pixels, preprocessing=resnet18.preprocessing), workers=1)
     embeddings = EagerEngine(resnet18, torch.device("cpu")).embed(pixels)
     spec = spec_of(resnet18)
     weight = np.random.default_rng(0).normal(size=(2, 512)).astype(np.float32)

@@ -93,7 +93,7 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Threads that decode, by default one a core; where more than 8 have 100 images each, processes.",
+        help="How many decode; more than 8 are processes if each gets 200 images. By default one a core, 16 at most.",
         show_default=False,
         rich_help_panel="Machine",
     ),

@@ -67,7 +67,7 @@ class Extraction:
     bad: tuple[BadImage, ...]
     straddling: int  # groups, or sets of equal images, that the given split divides
     dim: int
-    # total: wall; hash; loop: wall, of decode, summed over its threads, forward and write, side by side
+    # total: wall; hash; loop: wall, of decode, summed over its workers, forward and write, side by side
     seconds: dict[str, float]
     engine: str
     compute: str  # fp32 | bf16 | fp16

@@ -18,7 +18,7 @@ from transfercache.backbones.engines import autocast, full_float32, normalise
 from transfercache.backbones.registry import Backbone
 from transfercache.comparison.rows import load_pixels
 from transfercache.comparison.strategy import DEFAULT_LOOP, Loop, Work
-from transfercache.images.manifest import Manifest
+from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.transforms import eval_pixels
 
 #: Images timed: two of the tutorial's batches, so that one pass is soon over on two cores.
@@ -39,7 +39,7 @@ class Pace:
 
 def measure_pace(manifest: Manifest, backbone: Backbone, *, device: torch.device, loop: Loop = DEFAULT_LOOP) -> Pace:
     """Time the first few rows of `manifest`, which must be readable, as `loop` runs; the weights do not matter."""
-    timed = manifest.subset(np.arange(min(N_TIMED, manifest.n_rows)))
+    timed = hash_files(manifest.subset(np.arange(min(N_TIMED, manifest.n_rows))), known={})
     start = time.perf_counter()
     transform = partial(eval_pixels, preprocessing=backbone.preprocessing)
     pixels = load_pixels(timed, transform, workers=loop.workers)  # uint8 [B, crop, crop, 3]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -116,11 +116,12 @@ def find_unreadable(manifest: Manifest, *, workers: int | None) -> dict[int, str
     bad = dict(manifest.unreadable)
     rows = np.flatnonzero((manifest.labels >= 0) & (manifest.split != Split.NONE) & manifest.is_readable())
 
-    for row, checked in zip(rows.tolist(), _each(manifest, rows, _check, workers=workers, desc="check"), strict=True):
-        if isinstance(error := checked.exception(), DecodeError):
-            bad[row] = error.reason
-        else:
-            checked.result()  # raises what is not the image's fault
+    with closing(_each(manifest, rows, _check, workers=workers, desc="check")) as images:
+        for row, checked in zip(rows.tolist(), images, strict=True):
+            if isinstance(error := checked.exception(), DecodeError):
+                bad[row] = error.reason
+            else:
+                checked.result()  # raises what is not the image's fault
     return bad
 
 
@@ -128,19 +129,19 @@ def load_pixels(
     manifest: Manifest, transform: Callable[[Image], npt.NDArray[np.uint8]], *, workers: int | None
 ) -> npt.NDArray[np.uint8]:
     """Return the transformed images of all rows, stacked in their order; raises DecodeError."""
-    images = _each(manifest, np.arange(manifest.n_rows), transform, workers=workers, desc="decode")
-    return np.stack([image.result() for image in images])
+    with closing(_each(manifest, np.arange(manifest.n_rows), transform, workers=workers, desc="decode")) as images:
+        return np.stack([image.result() for image in images])
 
 
 def _each(
     manifest: Manifest, rows: Int64Array, transform: Callable[[Image], Loaded], *, workers: int | None, desc: str
-) -> Iterator[Future[Loaded]]:
+) -> Generator[Future[Loaded], None, None]:
     """Yield what the transform, which must be one that can be pickled, makes of the images of the rows."""
     progress = tqdm(total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=None)
     images = decode_ahead(
         (manifest.file(row) for row in rows.tolist()),
         partial(_load, transform),
-        n_items=len(rows),
+        n_images=len(rows),
         workers=workers,
         window=_IMAGES_AHEAD,
         watch=Stopwatch(),

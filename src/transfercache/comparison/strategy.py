@@ -81,7 +81,7 @@ class Loop:
 
     batch_size: int = config.FINETUNE_BATCH_SIZE
     memory_format: torch.memory_format = torch.channels_last
-    workers: int | None = None  # threads or processes that decode; None: as many as threads are given by default
+    workers: int | None = None  # that decode; None: see `images.processes.decoding_workers`
     compute: str = "fp32"  # what it trains in
 
 

@@ -80,8 +80,10 @@ class Embedder:
         row's bits do not depend on which rows an interrupted run had already written. Raises ResourceError where what
         the spec names for decoding is not installed.
         """
-        threads = {"decode": decoding_workers(self.workers, len(pending)), "forward": 1, "write": 1}
-        batches = self._decoded_batches(pending, batch_size)
+        n_images = len({item.row for item in pending})
+        n_decoding = decoding_workers(self.workers, n_images, is_light=self._decodes_without_torch)
+        threads = {"decode": n_decoding, "forward": 1, "write": 1}
+        batches = self._decoded_batches(pending, batch_size, n_images)
         progress = tqdm(total=len(pending), unit="img", desc="extract", file=sys.stderr, disable=None)
         with closing(batches), progress as bar:
             for batch in batches:
@@ -103,7 +105,13 @@ class Embedder:
         views = [view for view, is_finite in zip(batch.views, fits, strict=True) if is_finite]
         return EmbeddedBatch(views, features[fits], {**batch.bad, **bad})
 
-    def _decoded_batches(self, pending: Sequence[PendingView], batch_size: int) -> Generator[_DecodedBatch, None, None]:
+    @property
+    def _decodes_without_torch(self) -> bool:
+        return self.spec.preprocessing.decoder != "fast"
+
+    def _decoded_batches(
+        self, pending: Sequence[PendingView], batch_size: int, n_images: int
+    ) -> Generator[_DecodedBatch, None, None]:
         """Yield the batches of the grid in order, decoded ahead; an image is decoded once for its views."""
         n_views = len({item.view for item in pending}) or 1
         window = max(_BATCHES_AHEAD * batch_size // n_views, 1)
@@ -111,7 +119,8 @@ class Embedder:
         images = decode_ahead(
             self._by_image(pending, batch_size),
             functools.partial(_load, self.spec.preprocessing),
-            n_items=len(pending),
+            n_images=n_images,
+            is_light=self._decodes_without_torch,
             workers=self.workers,
             window=window,
             watch=self.watch,
@@ -138,7 +147,7 @@ def fill_shard(
     rows = _RowWriter(writer, embedder.watch)
     behind: deque[Future[None]] = deque()
     try:
-        # closing: on Ctrl-C the decoding threads end at once, not when the generator is collected. What is computed by
+        # closing: on Ctrl-C what decodes ends at once, not when the generator is collected. What is computed by
         # then is still written: leaving the pool waits for it.
         with ThreadPoolExecutor(1, "write") as disk, closing(embedder.embed(pending, batch_size=batch_size)) as batches:
             for batch in batches:

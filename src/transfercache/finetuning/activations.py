@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,7 +95,7 @@ class ActivationReader(Reader):
         self._place = np.zeros((int(table.row.max(initial=-1)) + 1, self.activations.n_views), dtype=np.int64)
         self._place[table.row, table.view] = np.arange(len(table))
 
-    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Generator[Batch, None, None]:
         n_rows, n_views = self._place.shape
         if epoch is None:
             views = np.full(n_rows, EVAL_VIEW)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -48,8 +48,10 @@ class Reader(ABC):
         """Return `rows` without those known to be bad, in the same order."""
         return leave_out(rows, self.bad)
 
-    def training_batches(self, rows: Int64Array, epoch: int, *, after: int | None = None) -> Iterator[Batch]:
-        """Yield the epoch's batches: order and augmentation depend on seed, epoch and row, not on the threads.
+    def training_batches(
+        self, rows: Int64Array, epoch: int, *, after: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """Yield the epoch's batches: order and augmentation depend on seed, epoch and row, not on the workers.
 
         Those up to the row `after`, which ended a batch, are left out without being read.
         """
@@ -57,12 +59,12 @@ class Reader(ABC):
         start = 0 if after is None else int(np.flatnonzero(order == after)[0]) + 1
         return self._batches(order[start:], epoch)
 
-    def eval_batches(self, rows: Int64Array) -> Iterator[Batch]:
+    def eval_batches(self, rows: Int64Array) -> Generator[Batch, None, None]:
         """Yield the rows in their order, as the eval transform shows them."""
         return self._batches(self.readable(rows), None)
 
     @abstractmethod
-    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Generator[Batch, None, None]:
         """Yield `rows` in their order, augmented as in this epoch; None: as the eval transform shows them."""
 
 
@@ -78,7 +80,7 @@ class ImageReader(Reader):
         #: bool [N]: compared with its digest, once in a process.
         self._is_checked = np.zeros(self.manifest.n_rows, dtype=np.bool_)
 
-    def _batches(self, rows: Int64Array, epoch: int | None) -> Iterator[Batch]:
+    def _batches(self, rows: Int64Array, epoch: int | None) -> Generator[Batch, None, None]:
         for images in in_batches(self._images(rows, epoch), self.options.batch_size):
             numbers, pixels = zip(*images, strict=True)
             yield Batch(np.array(numbers, dtype=np.int64), np.stack(pixels))
@@ -89,10 +91,11 @@ class ImageReader(Reader):
         images = decode_ahead(
             ((row, self._file(row)) for row in rows.tolist()),
             Augmentation(self.preprocessing, epoch, options.augment, options.crop_area, options.seed),
-            n_items=len(rows),
+            n_images=len(rows),
             workers=options.workers,
             window=PREFETCHED_BATCHES * options.batch_size,
             watch=self.stopwatch,
+            is_light=options.augment != "trivial",
         )
         with closing(images):
             for (row, _), loaded in images:

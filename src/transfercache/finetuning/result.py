@@ -47,5 +47,5 @@ class FinetuneResult:
     probabilities: npt.NDArray[np.float64]  # float64 [M, C]
     bad: tuple[tuple[str, str], ...]  # (path, reason) in the manifest's order
     passes: int  # images through the network, forward: training, selection and evaluation
-    seconds: Mapping[str, float]  # decode (summed over threads), step, evaluate (selection included), total
+    seconds: Mapping[str, float]  # decode (summed over workers), step, evaluate (selection included), total
     canary_logits: npt.NDArray[np.float32]  # float32 [4, C]

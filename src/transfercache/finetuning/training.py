@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -195,10 +195,11 @@ def evaluate(run: Run, rows: Int64Array, *, desc: str, compute: str = "fp32") ->
 
 
 def _shown(
-    run: Run, batches: Iterator[Batch], n_rows: int, desc: str, *, n_done: int = 0
+    run: Run, batches: Generator[Batch, None, None], n_rows: int, desc: str, *, n_done: int = 0
 ) -> Generator[Batch, None, None]:
-    """Pass `batches` on under a progress bar that counts images, and shows passes and memory."""
-    with tqdm(total=n_rows, initial=n_done, desc=desc, unit="image", leave=False, file=sys.stderr, disable=None) as bar:
+    """Pass `batches` on, and close them, under a progress bar that counts images, and shows passes and memory."""
+    bar = tqdm(total=n_rows, initial=n_done, desc=desc, unit="image", leave=False, file=sys.stderr, disable=None)
+    with closing(batches), bar:
         for batch in batches:
             yield batch
             peak = peak_memory_bytes(run.trainer.device) / 2**30
