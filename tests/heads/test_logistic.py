@@ -57,6 +57,22 @@ def test_logistic__chosen_c_equals_a_search_written_out(make_table, overlapping)
     assert chosen["C"] == logistic.C_GRID[int(np.argmin(losses))]
 
 
+def test_logistic__of_classes_that_overlap__does_not_try_the_largest_c(make_table):
+    rng = np.random.default_rng(3)
+    labels = rng.integers(3, size=240)
+    features = (rng.standard_normal((240, 20)) + 0.3 * np.eye(3, 20)[labels]).astype(np.float32)
+    chosen = fit_head(make_table(features, labels)).chosen
+    losses, tried = chosen["mean_log_loss"], len(chosen["mean_log_loss"])
+    assert tried < len(logistic.C_GRID)
+    assert chosen["not_tried"] == list(logistic.C_GRID[tried:])
+    assert chosen["C"] == logistic.C_GRID[int(np.argmin(losses))]
+    whole = fit_head(make_table(features, labels), solver="sklearn").chosen  # tries all
+    assert (whole["C"], len(whole["mean_log_loss"])) == (chosen["C"], len(logistic.C_GRID))
+    # The start of the final fit is the mean of the folds' maps at that C.
+    alone = fit_head(make_table(features, labels), C=chosen["C"])
+    np.testing.assert_allclose(alone.weight, fit_head(make_table(features, labels)).weight, rtol=1e-3, atol=1e-6)
+
+
 def test_logistic__of_many_rows__chooses_c_on_a_part_of_each_class(make_table, overlapping, monkeypatch):
     features, labels = overlapping
     labels = np.where(np.arange(300) % 10 == 0, labels, np.minimum(labels, 1))  # of the last class a tenth

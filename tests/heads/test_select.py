@@ -72,6 +72,44 @@ def test_select__takes_the_lowest_weighted_mean_and_the_first_of_ties():
     assert (setting, chosen["folds"]) == ("b", 2)
 
 
+def _of_biases(biases_of_fold):
+    """A path of maps that are nothing but a bias for class 1, in each fold its own; and how many were fitted."""
+    n_fitted = []
+
+    def fit_path(fold):
+        biases = biases_of_fold[len(n_fitted) % len(biases_of_fold)]
+        n_fitted.append(0)
+        for bias in biases:
+            n_fitted[-1] += 1
+            yield Affine(np.zeros((2, 2)), np.array([0.0, bias]))
+
+    return fit_path, n_fitted
+
+
+def test_select__with_patience__ends_where_the_loss_has_risen_so_many_times_in_a_row():
+    problem = make_problem([0, 1] * 5)
+    biases = [3.0, 1.0, 2.0, 0.0, 1.0, 2.0, 9.0, 0.0]  # the loss rises once, falls, rises twice
+    fit_path, n_fitted = _of_biases([biases])
+    setting, chosen = select(problem, fit_path, name="x", grid="abcdefgh", default="z", patience=2)
+    assert (setting, chosen["not_tried"], n_fitted) == ("d", ["g", "h"], [6] * 5)
+    expected = [(np.log1p(np.exp(z)) + np.log1p(np.exp(-z))) / 2 for z in biases[:6]]
+    np.testing.assert_allclose(chosen["mean_log_loss"], expected, rtol=1e-12)
+    fit_path, n_fitted = _of_biases([biases])
+    setting, chosen = select(problem, fit_path, name="x", grid="abcdefgh", default="z", patience=3)
+    assert (setting, chosen["not_tried"], n_fitted) == ("d", ["h"], [7] * 5)
+    fit_path, n_fitted = _of_biases([biases])
+    setting, chosen = select(problem, fit_path, name="x", grid="abcdefgh", default="z")
+    assert (setting, "not_tried" in chosen, n_fitted) == ("d", False, [8] * 5)
+
+
+def test_select__with_patience__tries_all_where_the_first_fold_ended_before_the_others_had_their_lowest():
+    problem = make_problem([0, 1] * 5)
+    fit_path, n_fitted = _of_biases([[0.0, 1.0, 2.0, 3.0, 4.0]] + [[9.0, 8.0, 7.0, 0.0, 1.0]] * 4)
+    setting, chosen = select(problem, fit_path, name="x", grid="abcde", default="z", patience=2)
+    assert (setting, len(chosen["mean_log_loss"]), "not_tried" in chosen) == ("d", 5, False)
+    assert n_fitted == [3] * 5 + [5] * 5
+
+
 def test_select__shows_each_fit_only_its_training_rows():
     seen = []
     features = np.arange(20, dtype=np.float32).reshape(10, 2)

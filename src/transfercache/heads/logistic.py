@@ -47,10 +47,12 @@ START_SHARE, MIN_START_ROWS = 4, 2000
 #: the penalty is lowered tenfold at a time, from about 1, the variance of a column, and each optimum need only be near.
 APPROACH, APPROACH_GAP = 10, 0.5
 
-#: C is chosen on about so many rows at most, and on at least so many images of each class where they fit into that: it
-#: is 45 fits, of a grid whose steps are coarse. C multiplies the sum of the losses, so that the best one hardly moves
-#: with the number of rows.
-MAX_CHOICE_ROWS, MIN_CLASS_IMAGES = 100_000, 10
+#: C is chosen on a hundred rows a class, within these bounds, and on at least so many images of each class where they
+#: fit: it is 45 fits, of a grid whose steps are coarse. C multiplies the sum of the losses, so that the best one hardly
+#: moves with the number of rows.
+MIN_CHOICE_ROWS, CHOICE_ROWS_PER_CLASS, MAX_CHOICE_ROWS, MIN_CLASS_IMAGES = 25_000, 100, 100_000, 10
+#: Once the held-out loss has risen twice, tenfold C's are not tried: where classes overlap, they take longest by far.
+PATIENCE = 2
 
 #: Below this a mean loss is rounding.
 _LEAST_LOSS = 1e-12
@@ -121,10 +123,12 @@ def _choose(problem: Problem, whitening: Whitening | None) -> tuple[float, Chose
 
     asked = problem if part is None else problem.subset(part)
     noted = {"rows": len(asked.targets), "grid": list(C_GRID)}
-    C, chosen = select(asked, fit_and_keep, name="C", given=given, grid=C_GRID, default=DEFAULT_C, noted=noted)
+    C, chosen = select(
+        asked, fit_and_keep, name="C", given=given, grid=C_GRID, default=DEFAULT_C, noted=noted, patience=PATIENCE
+    )
     if part is not None or not paths:
         return C, chosen, None
-    at_best = [path[C_GRID.index(C)] for path in paths]
+    at_best = [path[C_GRID.index(C)] for path in paths[-chosen["folds"] :]]
     start = Affine(
         np.mean([affine.weight for affine in at_best], axis=0), np.mean([affine.bias for affine in at_best], axis=0)
     )
@@ -138,7 +142,8 @@ def _rows_to_choose_on(problem: Problem) -> Int64Array | None:
     comes with its views, whose weights are shares of its own.
     """
     n_rows = len(problem.targets)
-    if n_rows <= MAX_CHOICE_ROWS:
+    most = min(MAX_CHOICE_ROWS, max(MIN_CHOICE_ROWS, CHOICE_ROWS_PER_CLASS * problem.n_targets))
+    if n_rows <= most:
         return None
     _, component = np.unique(problem.component, return_inverse=True)
     place = derive_rng(problem.seed, "choice").permutation(int(component.max()) + 1)[component]
@@ -146,8 +151,8 @@ def _rows_to_choose_on(problem: Problem) -> Int64Array | None:
     counts = np.bincount(problem.targets, minlength=problem.n_targets)
     rank = np.arange(n_rows) - np.repeat(np.cumsum(counts) - counts, counts)  # of each row within its class
     rows_per_image = -(-n_rows // max(1, int(problem.is_scored.sum())))
-    least = min(MIN_CLASS_IMAGES * rows_per_image, MAX_CHOICE_ROWS // problem.n_targets)
-    wanted = np.maximum(least, counts * MAX_CHOICE_ROWS // n_rows)
+    least = min(MIN_CLASS_IMAGES * rows_per_image, most // problem.n_targets)
+    wanted = np.maximum(least, counts * most // n_rows)
     return np.sort(by_class[rank < np.repeat(wanted, counts)])
 
 

@@ -5,6 +5,7 @@ And, in settings already chosen, what heads say of rows that they have not seen.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -62,13 +63,15 @@ def select(
     default: Setting,
     given: Setting | None = None,
     noted: Chosen | None = None,
+    patience: int | None = None,
 ) -> tuple[Setting, Chosen]:
     """Return a solver's setting, and how it was chosen; by cross-validation, with what is to be `noted` then.
 
     It is the one `given`, else that of `grid` of lowest mean log loss of held-out rows (ties: the first), else the
     `default`, with a warning that names what is not chosen, where no class can be held out. `fit_path` yields one map
     per setting, in the grid's order for every fold. It sees the fold's training rows alone, so that its standardisation
-    cannot look at a held-out row.
+    cannot look at a held-out row. With `patience`, for a grid along which the loss falls and then rises, settings are
+    not tried, and named, once it has risen so many times in a row.
     """
     if given is not None:
         return given, {"by": "given"}
@@ -76,13 +79,17 @@ def select(
     if not folds:
         warn_not_chosen(name)
         return default, {"by": "default: no class can be held out"}
-    losses = mean_held_out_losses(problem, folds, fit_path)
+    losses = mean_held_out_losses(problem, folds, fit_path, patience=patience)
+    if len(losses) < len(grid) and int(np.argmin(losses)) == len(losses) - 1:  # the first fold is not like the others
+        losses = mean_held_out_losses(problem, folds, fit_path)
     chosen = {
         "by": "lowest mean log loss of held-out rows",
         "folds": len(folds),
         "seed": problem.seed,
         "mean_log_loss": losses.tolist(),
     }
+    if len(losses) < len(grid):
+        chosen["not_tried"] = list(grid[len(losses) :])
     return grid[int(np.argmin(losses))], {**chosen, **(noted or {})}
 
 
@@ -92,15 +99,30 @@ def warn_not_chosen(name: str) -> None:
 
 
 def mean_held_out_losses(
-    problem: Problem, folds: list[Fold], fit_path: Callable[[Problem], Iterator[Affine]]
+    problem: Problem,
+    folds: list[Fold],
+    fit_path: Callable[[Problem], Iterator[Affine]],
+    *,
+    patience: int | None = None,
 ) -> Float64Array:
-    """Return float64 [S]: per setting, the weighted mean over all held-out rows of -ln p(target)."""
-    totals = []
+    """Return float64 [S]: per setting, the weighted mean over all held-out rows of -ln p(target).
+
+    With `patience` S ends where that of the first fold has risen so many times in a row.
+    """
+    totals: list[list[float]] = []
     for fold in tqdm(folds, desc="folds", file=sys.stderr, disable=None, leave=False):
-        held = problem.subset(fold.held)
-        totals.append([_total_loss(fitted, held) for fitted in fit_path(problem.subset(fold.train))])
+        held, losses = problem.subset(fold.held), list[float]()
+        for fitted in itertools.islice(fit_path(problem.subset(fold.train)), len(totals[0]) if totals else None):
+            losses.append(_total_loss(fitted, held))
+            if not totals and patience and _has_risen(losses[-patience - 1 :], patience):
+                break
+        totals.append(losses)
     n_held = sum(float(problem.row_weights[fold.held].sum()) for fold in folds)
     return np.asarray(np.sum(totals, axis=0) / n_held)
+
+
+def _has_risen(losses: list[float], times: int) -> bool:
+    return len(losses) > times and all(later > earlier for earlier, later in itertools.pairwise(losses))
 
 
 def _total_loss(fitted: Affine, held: Problem) -> float:
