@@ -38,7 +38,8 @@ from transfercache.backbones.choice import choose_engine
 from transfercache.backbones.registry import Backbone, load_backbone
 from transfercache.environment import describe_environment
 from transfercache.finetuning.augment import Augmentation
-from transfercache.images.decode import HashedFile, load_image
+from transfercache.images.decode import load_image
+from transfercache.images.files import HashedFile
 from transfercache.images.processes import decode_ahead
 from transfercache.images.transforms import eval_pixels
 from transfercache.stopwatch import Stopwatch

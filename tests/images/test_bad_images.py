@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from transfercache.errors import DecodeError, ResourceError
-from transfercache.images.decode import Decoder, pick_decoder, read_image_bytes
+from transfercache.images.decode import Decoder, pick_decoder
+from transfercache.images.files import read_image_bytes
 from transfercache.images.manifest import Manifest, hash_files
 from transfercache.images.scan import IMAGE_EXTENSIONS
 from transfercache.images.sources import read_source

@@ -17,7 +17,7 @@ import pytest
 
 from transfercache.errors import DecodeError, ResourceError
 from transfercache.images import processes
-from transfercache.images.decode import HashedFile
+from transfercache.images.files import HashedFile
 from transfercache.images.processes import decode_ahead, decoding_workers
 from transfercache.stopwatch import Stopwatch
 
@@ -201,6 +201,8 @@ def test_decode_ahead__closed_early__leaves_neither_process_nor_thread() -> None
 
 _PARENT = """\
 import importlib
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where a shell runs the tests with &
 from transfercache.images import processes
 processes._IMAGES_PER_PROCESS = 1
 tests = importlib.import_module({name!r})

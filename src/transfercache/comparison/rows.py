@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transfercache.arrays import BoolArray, Int64Array
 from transfercache.cache.table import EVAL_VIEW, FeatureTable
 from transfercache.errors import CacheError, DataError, DecodeError
-from transfercache.images.decode import HashedFile, decode_image
+from transfercache.images.decode import decode_image
+from transfercache.images.files import HashedFile
 from transfercache.images.manifest import Manifest
 from transfercache.images.processes import decode_ahead
 from transfercache.splits import SPLIT_NAMES, Split, count_straddling, divide_roles

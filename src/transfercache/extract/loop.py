@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from transfercache.cache.shard import ShardWriter, as_stored
 from transfercache.errors import DecodeError
-from transfercache.images.decode import HashedFile, pick_decoder
+from transfercache.images.decode import pick_decoder
+from transfercache.images.files import HashedFile
 from transfercache.images.manifest import Manifest
 from transfercache.images.processes import decode_ahead, decoding_workers
 from transfercache.images.transforms import view_pixels

@@ -8,7 +8,8 @@ import numpy as np
 from PIL.Image import fromarray
 
 from transfercache.arrays import UInt8Array
-from transfercache.images.decode import HashedFile, decode_image
+from transfercache.images.decode import decode_image
+from transfercache.images.files import HashedFile
 from transfercache.images.transforms import eval_pixels, train_pixels
 from transfercache.randomness import derive_rng
 from transfercache.spec import Preprocessing

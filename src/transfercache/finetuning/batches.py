@@ -15,7 +15,7 @@ from transfercache.arrays import Int64Array, UInt8Array
 from transfercache.errors import DecodeError
 from transfercache.finetuning.augment import Augmentation
 from transfercache.finetuning.options import FinetuneOptions
-from transfercache.images.decode import HashedFile
+from transfercache.images.files import HashedFile
 from transfercache.images.manifest import Manifest
 from transfercache.images.processes import decode_ahead
 from transfercache.randomness import derive_rng

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
 from transfercache.errors import DecodeError, ResourceError
+from transfercache.images.files import read_image_bytes
 from transfercache.images.jpeg import hole_bytes
 from transfercache.images.transforms import Picture
 from transfercache.spec import Preprocessing
@@ -61,33 +60,9 @@ _MARKUP = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class HashedFile:
-    """An image where it lies, and what its bytes have to be."""
-
-    path: Path
-    shown: str  # the path that errors name
-    digest: bytes | None  # the SHA-256 of its bytes (32 bytes); None: they have been compared
-
-    def read(self) -> bytes:
-        """Return the file's bytes; raises DecodeError where it cannot be read, or is not what was hashed."""
-        data = read_image_bytes(self.path, self.shown)
-        if self.digest is not None and hashlib.sha256(data).digest() != self.digest:
-            raise DecodeError(self.shown, "it changed while it was being read; run the same command again")
-        return data
-
-
 def load_image(path: Path, shown: str) -> Image.Image:
     """Read and decode one file; `shown` is the path that errors name. See `decode_image`."""
     return decode_image(read_image_bytes(path, shown), shown)
-
-
-def read_image_bytes(path: Path, shown: str) -> bytes:
-    """Return the bytes of a file; raises DecodeError, naming it as `shown`, where it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DecodeError(shown, f"cannot be read ({error.strerror or error})") from error
 
 
 def decode_image(data: bytes, path: str, *, least_side: int | None = None) -> Image.Image:

@@ -23,7 +23,7 @@ from transfercache.environment import n_cores
 from transfercache.errors import DataError, UsageError
 from transfercache.files import sha256_file
 from transfercache.images.ahead import run_ahead
-from transfercache.images.decode import HashedFile
+from transfercache.images.files import HashedFile
 from transfercache.splits import Split, check_val_fraction, complete_split, join_groups
 
 #: A file may change again within its time stamp's granularity (2 s on FAT), so a younger one proves nothing.
