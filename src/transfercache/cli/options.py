@@ -93,7 +93,8 @@ Workers = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="How many decode; more than 8 are processes if each gets 200 images. By default one a core, 16 at most.",
+        help="How many decode. More than 8 are processes, where each gets 200 images. "
+        "By default one a core, at most 8 threads or 16 processes.",
         show_default=False,
         rich_help_panel="Machine",
     ),
